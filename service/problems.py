@@ -24,6 +24,7 @@ from starlette.middleware.body_limit import MAX_BODY_SIZE_SCOPE_KEY
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 
+from finetune.advice import for_http
 from finetune.errors import DiskFull, FinetuneError, NotReady, Overloaded, StoreError
 
 MEDIA_TYPE = "application/problem+json"
@@ -185,9 +186,9 @@ async def _on_finetune_error(request: Request, error: Exception) -> JSONResponse
     return problem(
         request.scope,
         error.http_status,
-        _STORAGE_SENTENCES.get(type(error), error.message),
+        _STORAGE_SENTENCES.get(type(error), for_http(error.message)),
         code=error.code,
-        errors=[FieldProblem(field=one.where, detail=one.message) for one in error.problems],
+        errors=[FieldProblem(field=one.where, detail=for_http(one.message)) for one in error.problems],
         headers={"Retry-After": str(RETRY_AFTER[error.http_status])} if error.http_status in RETRY_AFTER else None,
     )
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from xml.sax.saxutils import quoteattr
 
 from folders import encoded
 
@@ -226,6 +227,19 @@ def label_studio_short(root: Path, contents: Contents) -> Path:
     return root / "export.json"
 
 
+def cvat(root: Path, contents: Contents) -> Path:
+    elements = []
+    for number, one in enumerate(images(contents)):
+        subset = f' subset="{one.split.title()}"' if one.split else ""
+        tag = f'<tag label={quoteattr(one.label)} source="manual"><attribute name="sure">yes</attribute></tag>'
+        box = '<box label="thing" xtl="1" ytl="1" xbr="2" ybr="2"></box>' if number == 0 else ""
+        elements.append(f'<image id="{number}" name={quoteattr(one.name)}{subset} width="20" height="16">{tag}{box}</image>')
+    head = '<?xml version="1.0" encoding="utf-8"?><annotations><version>1.1</version><meta><task><name>x</name></task></meta>'
+    put(root, "annotations.xml", f"{head}{''.join(elements)}</annotations>")
+    put_images(root, contents, "images/")
+    return root
+
+
 def imagenet_lists(root: Path, contents: Contents) -> Path:
     labels = sorted({one.label for one in images(contents)})
     put(root, "synsets.txt", "\n".join(labels))
@@ -260,6 +274,7 @@ FORMATS: dict[str, Format] = {
     "coco": Format(coco, "COCO annotations"),
     "label studio": Format(label_studio, "a Label Studio export", splits=False),
     "label studio, short": Format(label_studio_short, "a Label Studio export", splits=False),
+    "cvat": Format(cvat, "a CVAT export"),
     "imagenet lists": Format(imagenet_lists, "ImageNet lists"),
 }
 

@@ -12,15 +12,18 @@ The command line calls the same functions underneath; keyword arguments are fiel
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune.advice import for_python, worded_for
 from finetune.api.model import Model
 from finetune.api.run import Run
 from finetune.bundle.calibration import CertaintyOptions
 from finetune.bundle.registry import Registry
+from finetune.errors import InvalidInput
 from finetune.progress_bars import progress_bars
 from finetune.spec import JobSpec, merged_mapping, parse_spec
 from finetune.storage.rundir import RunDir
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
 __all__ = ["CertaintyOptions", "Model", "Run", "check", "compare", "load", "suggest", "train"]
 
 
+@worded_for(for_python)
 def train(
     data: str | Path,
     *,
@@ -83,6 +87,7 @@ def train(
     return Run(outcome.run)
 
 
+@worded_for(for_python)
 def compare(
     what: str | Path | Sequence[Run | str | Path],
     *,
@@ -152,6 +157,7 @@ def compare(
     return replace(found, mlflow_run_id=tracked_as(RunDir(found.folder), "mlflow"))
 
 
+@worded_for(for_python)
 def check(
     data: str | Path,
     *,
@@ -159,24 +165,40 @@ def check(
     model: str | None = None,
     folds: int | None = None,
     settings: Mapping[str, Any] | None = None,
+    quick: bool = False,
+    fix: str | Path | None = None,
     workspace: str | Path | None = None,
     progress: bool = True,
 ) -> Plan:
-    """Return the plan of what `train` would do with these arguments, with an estimate of its cost. Trains nothing.
+    """Examine the images, and return the findings with the plan of what `train` would do with these arguments. Trains nothing.
 
-    The command ``finetune check`` also examines the images: duplicates, wrong labels, pictures that are dark or blurred.
+    The examination looks for copies, labels that are probably wrong, shortcuts, and images that are blank, dark or blurred. It is
+    the `examined` of the result; its `page` shows the findings with pictures.
+
+    Args:
+        quick: leave the examination out.
+        fix: write the proposed corrections to this CSV file, for ``settings={"data.manifest": …}``. Images are not changed.
 
     Raises:
         FinetuneError: the data or the request cannot be used; the message says what to do.
     """
     from finetune.runs.shared import Shared
+    from finetune.studies.examination import data_problems, examine_request
     from finetune.studies.plan import plan
 
-    spec = _spec(data, method, model, None, folds, None, None, settings)
-    with progress_bars(shown=progress) as update:
-        return plan(spec, Shared.of(_workspace(workspace)), update)
+    if quick and fix is not None:
+        raise InvalidInput("fix writes the corrections that an examination proposes, and quick leaves it out; give one of them")
+    spec, shared = _spec(data, method, model, None, folds, None, None, settings), Shared.of(_workspace(workspace))
+    with progress_bars(shown=progress) as update, data_problems(shared, update):
+        planned = plan(spec, shared, update)
+        if quick:
+            return planned
+        command = f"finetune check {shlex.quote(spec.training_file)}"
+        examined = examine_request(spec, shared, update, fix=None if fix is None else Path(fix), command=command)
+        return replace(planned, examined=examined)
 
 
+@worded_for(for_python)
 def suggest(
     pictures: str | Path | Sequence[str | Path],
     model: str | Path,
@@ -212,6 +234,7 @@ def suggest(
     return found
 
 
+@worded_for(for_python)
 def load(reference: str | Path, *, workspace: str | Path | None = None) -> Model:
     """Load a model by ``name``, ``name@version``, ``name@alias``, or the folder of a bundle.
 

@@ -79,9 +79,7 @@ class Run:
     @cached_property
     def diagnosis(self) -> Diagnosis:
         """The diagnosis of the run from its own records: `findings` with evidence, confidence and advice."""
-        from finetune.studies.study import kept_run
-
-        return read_diagnosis(self._run) or diagnose(kept_run(self._run).root)
+        return read_diagnosis(self._run) or diagnose(self.folder)
 
     def predictions(self, split: str = "test") -> Predictions:
         """Return the table of predictions for a split.

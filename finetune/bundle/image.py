@@ -26,9 +26,9 @@ from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from finetune.bundle.colour import to_srgb
-from finetune.bundle.image_formats import from_first_byte, sniff
+from finetune.bundle.image_formats import CAMERA_RAW, from_first_byte, sniff
 from finetune.bundle.image_limits import DEFAULT_LIMITS, ImageLimits, check_bytes, check_pixels, check_scans, check_tiles
-from finetune.bundle.tiff import refuse_pages, unusual_numbers
+from finetune.bundle.tiff import is_camera_raw, refuse_pages, unusual_numbers
 from finetune.errors import ImageError, ImageTooLarge, UnsupportedImage
 
 DECODER = f"pillow-{PIL.__version__}-heif-{version('pillow-heif')}-srgb"
@@ -195,6 +195,8 @@ def _opened(data: bytes, limits: ImageLimits) -> tuple[ImageFile.ImageFile, byte
     data = from_first_byte(data)
     name = sniff(data)
     if name == "TIFF":
+        if is_camera_raw(data):
+            raise UnsupportedImage(CAMERA_RAW)
         refuse_pages(data)
     try:
         image = _READERS[name](io.BytesIO(data))

@@ -8,6 +8,20 @@ FORMATS = ("JPEG", "PNG", "WEBP", "HEIF", "AVIF", "BMP", "GIF", "TIFF")
 _FORMATS_READ = "JPEG, PNG, WebP, HEIC, AVIF, BMP, GIF and TIFF are read"
 HEAD_BYTES = 256  # number of first bytes of a file that `sniff` and `looks_like_image` need
 
+CAMERA_RAW = "this is a raw file of a camera (CR2, NEF, ARW, DNG …): export it as JPEG, with the camera's program or another"
+_RAW_MARKS = (
+    *(
+        (8, b"CR\x02"),
+        (0, b"IIRO"),
+        (0, b"IIRS"),
+        (0, b"MMOR"),
+        (0, b"IIU\0"),
+        (0, b"FUJIFILMCCD-RAW"),
+        (0, b"FOVb"),
+        (0, b"\0MRM"),
+    ),
+    (4, b"ftypcrx "),
+)  # of Canon, Olympus, Panasonic, Fujifilm, Sigma and Minolta, by their place in the file; other raw files are TIFFs
 _BMP_HEADERS = tuple(size.to_bytes(4, "little") for size in (12, 16, 40, 52, 56, 64, 108, 124))
 _AVIF_BRANDS, _ANY_CODEC_BRANDS = frozenset({b"avif", b"avis"}), frozenset({b"mif1", b"msf1"})
 _HEIF_BRANDS = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"})
@@ -42,6 +56,8 @@ def sniff(data: bytes) -> str:
         return "WEBP"
     if data.startswith((b"GIF87a", b"GIF89a")):
         return "GIF"
+    if any(data[at : at + len(mark)] == mark for at, mark in _RAW_MARKS):
+        raise UnsupportedImage(CAMERA_RAW)
     if data.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
         return "TIFF"
     if data.startswith(b"BM"):

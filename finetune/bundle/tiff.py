@@ -10,8 +10,10 @@ from finetune.errors import UnsupportedImage
 
 _NEW_SUBFILE_TYPE, _SUBFILE_TYPE = 254, 255
 _BITS_PER_SAMPLE, _SAMPLES_PER_PIXEL, _SAMPLE_FORMAT = 258, 277, 339
+_PHOTOMETRIC, _SUB_DIRECTORIES, _DNG_VERSION = 262, 330, 50706
+_SENSOR = (32803, 34892)  # photometric values: a mosaic of sensor values, linear sensor values
 _REDUCED, _MASK = 1, 4  # bits of NewSubfileType: a reduced version of another page, or its transparency mask
-_INTEGER_TYPES = {3: "H", 4: "I", 8: "h", 9: "i", 16: "Q"}  # TIFF types and their struct formats
+_INTEGER_TYPES = {1: "B", 3: "H", 4: "I", 8: "h", 9: "i", 13: "I", 16: "Q"}  # TIFF types and their struct formats
 _FLOAT_FORMAT, _SIGNED_FORMAT = 3, 2
 _MOST_DIRECTORIES = 16  # that are read; a photograph has fewer thumbnails
 _MOST_VALUES = 16  # of a tag that are read
@@ -30,6 +32,17 @@ def refuse_pages(data: bytes) -> None:
         raise UnsupportedImage(
             "the TIFF file has several pages, and nothing says which one is meant: save that page as a file of its own"
         )
+
+
+def is_camera_raw(data: bytes) -> bool:
+    """Return whether a TIFF is a raw file of a camera: sensor values, or a preview before the image (NEF, ARW, DNG)."""
+    tags = next(_directories(data), {})
+    has_preview = any(value & _REDUCED for value in tags.get(_NEW_SUBFILE_TYPE, ())[:1])
+    return (
+        _DNG_VERSION in tags
+        or any(one in _SENSOR for one in tags.get(_PHOTOMETRIC, ()))
+        or (has_preview and _SUB_DIRECTORIES in tags)
+    )
 
 
 def unusual_numbers(data: bytes) -> str | None:
@@ -84,7 +97,10 @@ def _directories(data: bytes) -> Iterator[Tags]:
 
 def _tags(data: bytes, first: int, n_entries: int, layout: _Layout) -> Tags:
     """Return the integer tags of a directory that this module uses."""
-    wanted = (_NEW_SUBFILE_TYPE, _SUBFILE_TYPE, _BITS_PER_SAMPLE, _SAMPLES_PER_PIXEL, _SAMPLE_FORMAT)
+    wanted = {
+        *(_NEW_SUBFILE_TYPE, _SUBFILE_TYPE, _BITS_PER_SAMPLE, _SAMPLES_PER_PIXEL, _SAMPLE_FORMAT),
+        *(_PHOTOMETRIC, _SUB_DIRECTORIES, _DNG_VERSION),
+    }
     tags: dict[int, tuple[int, ...]] = {}
     for start in range(first, first + n_entries * layout.entry_bytes, layout.entry_bytes):
         tag, kind = struct.unpack_from(f"{layout.order}HH", data, start)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import NoReturn
@@ -144,6 +145,7 @@ _UNUSABLE = frozenset(
 
 def main() -> None:
     """Run a command; print a `FinetuneError` on stderr and exit with its code (1 failed, 2 bad input)."""
+    warnings.filterwarnings("ignore", module=r"PIL(\.|$)")  # they are for programmers, and name no file
     try:
         cli.main(prog_name="finetune", standalone_mode=False)
     except FinetuneError as error:

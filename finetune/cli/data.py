@@ -34,12 +34,13 @@ def data() -> None:
 def show(data: str, settings: tuple[str, ...], as_json: bool) -> None:
     """Show the classes, counts and revision of DATA, and how it was read.
 
-    DATA is a folder, archive, table or URL of labelled images, or the revision of data that was read before. The revision
+    DATA is a folder, archive, table or URL of labelled images, or the revision of data that was read before. What cannot be
+    trained on is refused, as by `finetune train`. The revision
     changes with any image or label; a job with data.revision refuses data with another revision.
     """
     from finetune.cli.terminal import print_json
 
-    manifest, notes = _manifest(data, settings, shown=not as_json)
+    manifest, notes = _manifest(data, settings, shown=not as_json, for_training=True)
     if as_json:
         counts = _counts(manifest)
         print_json(
@@ -81,8 +82,14 @@ def diff(before: str, after: str, settings: tuple[str, ...], as_json: bool) -> N
         _show_difference(first, second, found)
 
 
-def _manifest(location: str, settings: tuple[str, ...], *, shown: bool) -> tuple[Manifest, dict[str, Any]]:
-    """Return the manifest of data at a location or of a known revision, and notes made while reading."""
+def _manifest(
+    location: str, settings: tuple[str, ...], *, shown: bool, for_training: bool = False
+) -> tuple[Manifest, dict[str, Any]]:
+    """Return the manifest of data at a location or of a known revision, and notes made while reading.
+
+    Args:
+        for_training: refuse what a job would refuse to train on.
+    """
     from finetune.data.check import check_images
     from finetune.data.index import index_dataset
     from finetune.data.manifest import find_manifest, keep, manifest_of
@@ -98,8 +105,9 @@ def _manifest(location: str, settings: tuple[str, ...], *, shown: bool) -> tuple
     spec = load_spec(None, {"training_file": location}, settings)
     store = Store(workspace.cache)
     with progress_bars(shown=shown) as progress:
-        indexed = index_dataset(location, for_training=False, reading=reading_of(spec.data, store))
-        dataset = check_images(indexed, max_bad_fraction=0.99, progress=progress, memory=store.folder("notes"))
+        indexed = index_dataset(location, for_training=for_training, reading=reading_of(spec.data, store))
+        most_bad = spec.data.max_bad_fraction if for_training else 0.99
+        dataset = check_images(indexed, max_bad_fraction=most_bad, progress=progress, memory=store.folder("notes"))
     keep(workspace.datasets, dataset)
     bad = [{"file": one.where, "reason": one.reason} for one in dataset.bad]
     return manifest_of(dataset), {

@@ -41,20 +41,12 @@ def diagnose(run: Path, against: Path | None, check_preprocessing: bool, as_json
     from finetune.cli.show_diagnosis import show_diagnosis
     from finetune.cli.terminal import print_json
     from finetune.evaluation.diagnose import diagnose as diagnose_run
-    from finetune.storage.rundir import RunDir
+    from finetune.storage.rundir import RunDir, kept_run
 
-    folder = _kept(RunDir(run.absolute()))
     if check_preprocessing:
-        _measure_preprocessing(folder, as_json)
-    found = diagnose_run(folder.root, None if against is None else _kept(RunDir(against.absolute())).root)
+        _measure_preprocessing(kept_run(RunDir(run.absolute())), as_json)
+    found = diagnose_run(run, against)
     print_json(found.to_dict()) if as_json else show_diagnosis(found)
-
-
-def _kept(run: RunDir) -> RunDir:
-    """Return the run itself, or the child of a study whose weights were kept."""
-    from finetune.studies.study import kept_run
-
-    return kept_run(run)
 
 
 def _measure_preprocessing(run: RunDir, as_json: bool) -> None:

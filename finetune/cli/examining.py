@@ -3,49 +3,25 @@
 from __future__ import annotations
 
 import signal
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
 from finetune.cli.terminal import shortened
-from finetune.data.check import check_images
-from finetune.data.index import IndexRefused
 from finetune.doctor.finding import LISTED
-from finetune.errors import DataError, Problem
 from finetune.jobs.kinds import CHECK
-from finetune.messages import natural_list, plural, printable
+from finetune.messages import natural_list, printable
 from finetune.progress_bars import console
 
 if TYPE_CHECKING:
-    from finetune.doctor.finding import Examination, Finding
-    from finetune.progress import ProgressCallback
+    from finetune.doctor.finding import Finding
     from finetune.runs.shared import Shared
     from finetune.spec import JobSpec
     from finetune.studies.examination import Examined
 
 SHOWN_CASES = 3
 _STYLES = {"problem": "red", "doubt": "yellow", "note": "cyan"}
-
-
-@contextmanager
-def data_problems(shared: Shared, progress: ProgressCallback) -> Iterator[None]:
-    """Add the unreadable files to the error of a block in which data is refused for its layout, to report all problems at once.
-
-    Raises:
-        DataError: the original error with all problems of the data.
-    """
-    try:
-        yield
-    except IndexRefused as error:
-        notes = shared.store.folder("notes")
-        checked = check_images(error.listed, max_bad_fraction=1.0, may_empty=True, progress=progress, memory=notes)
-        known = {problem.where for problem in error.problems}
-        bad = [Problem(printable(one.where), one.reason) for one in checked.bad if one.where not in known]
-        raise DataError(error.message, [*error.problems, *bad]) from None
 
 
 def carry_out(spec: JobSpec, run_dir: Path, shared: Shared) -> dict[str, Any]:
@@ -55,7 +31,7 @@ def carry_out(spec: JobSpec, run_dir: Path, shared: Shared) -> dict[str, Any]:
     from finetune.runs.watch import Stopwatch, failures_recorded, recorded
     from finetune.storage.files import read_json, write_json
     from finetune.storage.rundir import RunDir
-    from finetune.studies.examination import examine_request
+    from finetune.studies.examination import data_problems, examine_request
 
     watch_lease_from_environment()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -68,22 +44,15 @@ def carry_out(spec: JobSpec, run_dir: Path, shared: Shared) -> dict[str, Any]:
         with data_problems(shared, progress):
             found = examine_request(spec, shared, progress, page=run.report)
         write_json(run.examination, found.examination.to_dict(LISTED))
-        short = {"summary": summary_of(found.examination), "revision": found.examination.revision}
+        short = {"summary": found.examination.summary, "revision": found.examination.revision}
         write_json(done, short)
         return short
-
-
-def summary_of(examination: Examination) -> str:
-    """Return the numbers of findings as a sentence."""
-    counts = Counter[str](one.severity for one in examination.findings if one.count)
-    said = [plural(counts[name], name) for name in _STYLES if counts[name]]
-    return f"Found in {plural(examination.n_images, 'image')}: {', '.join(said) or 'nothing'}."
 
 
 def show_examination(found: Examined) -> None:
     """Print the findings, worst first, with a few cases of each."""
     findings = found.examination.findings
-    console.print(f"\n{summary_of(found.examination)}\n", markup=False)
+    console.print(f"\n{found.examination.summary}\n", markup=False)
     for finding in findings:
         if finding.count and finding.severity != "note":
             _show_cases(finding)

@@ -74,7 +74,7 @@ def show_findings(run: RunDir) -> None:
 
     Of a study, the diagnosis of the run whose model it kept is shown. Notes are shown if there is no problem.
     """
-    from finetune.studies.study import kept_run
+    from finetune.storage.rundir import kept_run
 
     found = read_diagnosis(run) or read_diagnosis(kept_run(run))
     if found is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,34 @@ def show_error(error: FinetuneError, *, as_json: bool) -> None:
         problems = [{"where": problem.where, "message": problem.message} for problem in error.problems]
         print_json({"error": {"code": error.code, "message": error.message, "problems": problems}})
     console.print(f"[bold red]error[/] ({error.code}): ", end="")
-    console.print(str(error), markup=False, soft_wrap=True)
+    taken = len(f"error ({error.code}): ")
+    first, *more = wrapped(error.message, console.width, indent=2, taken=taken)
+    for line in [first, *more, *(line for one in error.problems for line in wrapped(f"  {one}", console.width, indent=4))]:
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def wrapped(text: str, width: int, *, indent: int, taken: int = 0) -> list[str]:
+    """Return a message in lines of at most `width` characters, breaking at spaces only, so that paths and flags stay whole.
+
+    Args:
+        indent: spaces before each line of a paragraph but its first.
+        taken: characters on the line of the first one already.
+    """
+    lines: list[str] = []
+    for paragraph in text.splitlines() or [""]:
+        start = " " * (taken if not lines else 0)
+        filled = textwrap.wrap(
+            re.sub(r"--set (?=\S)|pip install (?=\S)", lambda found: found[0].replace(" ", "\0"), paragraph.lstrip()),
+            max(width, 40),
+            initial_indent=start + paragraph[: len(paragraph) - len(paragraph.lstrip())],
+            subsequent_indent=" " * indent,
+            break_long_words=False,
+            break_on_hyphens=False,
+            drop_whitespace=True,
+        )
+        filled = [line.replace("\0", " ") for line in filled or [start]]
+        lines += [line[len(start) :] if number == 0 else line for number, line in enumerate(filled)]
+    return lines
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

@@ -190,13 +190,13 @@ def check(
             "--quick omits the examination, so it cannot be combined with --fix, --acknowledge, --reopen or --page"
         )
     with objects_exempt():
-        from finetune.cli.examining import carry_out, data_problems, show_examination
+        from finetune.cli.examining import carry_out, show_examination
         from finetune.cli.show_plan import show_plan
         from finetune.cli.terminal import print_json
         from finetune.progress_bars import progress_bars
         from finetune.runs.shared import Shared
         from finetune.storage.workspace import Workspace
-        from finetune.studies.examination import examine_request
+        from finetune.studies.examination import data_problems, examine_request
         from finetune.studies.plan import plan
 
     shared = Shared.of(Workspace.from_environment())

@@ -14,9 +14,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from finetune.data.dataset import BadImage, Dataset, Sample, Split, unmeasured
+from finetune.data.layout import without_wrapping
 from finetune.data.names import same_class, why_no_class_name
 from finetune.data.notes import Notes
 from finetune.data.places import Place, open_place
+from finetune.data.places.opening import NO_SPREADSHEETS, SPREADSHEETS
+from finetune.data.places.tree import shown_path
 from finetune.data.reading import Reading
 from finetune.data.separators import forgotten_separator, how_to_separate
 from finetune.data.sources import Listing, Record, Source, source_of
@@ -127,7 +130,10 @@ def _opened(location: Location, reading: Reading) -> _Opened:
 def _refusal(main: _Opened, problems: Sequence[Problem], for_training: bool) -> str:
     expected = main.source.expected(main.shown)
     use = "cannot be trained on" if for_training else "cannot be measured on"
-    return f"{main.shown}: {use}, {plural(len(problems), 'problem')}. Expected {expected}."
+    said = f"{main.shown}: {use}, {plural(len(problems), 'problem')}."
+    # Whether a table lies beside the images is not in question where a column of it is missing.
+    of_columns = main.source.name == "images with a table" and all("column" in problem.message for problem in problems)
+    return said if of_columns else f"{said} Expected {expected}."
 
 
 @dataclass
@@ -187,9 +193,25 @@ def _listed(opened: _Opened, reading: Reading, notes: Notes) -> Listing:
     for sentence in opened.place.tree.said:
         notes.say(sentence)
     listing = opened.source.read(opened.place, reading, notes)
+    if opened.source.name == "class folders" and opened.place.focus is None:
+        _say_spreadsheets(opened, notes, labelled=bool(listing.records))
     if opened.source.name != "class folders" and listing.records:
         notes.say(f"{opened.shown} was read as {opened.source.name}")
     return listing
+
+
+def _say_spreadsheets(opened: _Opened, notes: Notes, *, labelled: bool) -> None:
+    """Say that a spreadsheet beside the images is not read; it is a problem where nothing else labels them."""
+    whole = opened.place.tree.root()
+    root = without_wrapping(whole, Reading())
+    files = [node for folder in ([whole] if root is whole else [whole, root]) for node in folder.files]
+    for node in files:
+        if node.suffix in SPREADSHEETS and labelled:
+            notes.left_out.append(
+                f"{printable(node.path)} was left out, for spreadsheets are not read; if it names labels, save it as CSV (UTF-8)"
+            )
+        elif node.suffix in SPREADSHEETS:
+            notes.problem(shown_path(opened.place.tree, node.path), NO_SPREADSHEETS)
 
 
 def _add(found: _Found, listing: Listing, split: Split, other: _Opened, main: _Opened, notes: Notes) -> None:
@@ -235,18 +257,22 @@ def _unite_spellings(found: _Found, notes: Notes) -> None:
     names = {name for names in found.classes.values() for name in names} | {name for r in found.records for name in r.labels}
     spelled: dict[str, list[str]] = defaultdict(list)
     for name in names:
-        spelled[unicodedata.normalize("NFC", name).strip()].append(name)
+        spelled[_with_plain_blanks(name)].append(name)
     several = {united: sorted(spellings) for united, spellings in spelled.items() if len(spellings) > 1}
     spaced = {
-        united: spellings for united, spellings in several.items() if len({name.strip() for name in spellings}) < len(spellings)
+        united: spellings
+        for united, spellings in several.items()
+        if len({unicodedata.normalize("NFC", name) for name in spellings}) > 1
     }
     encoded = sorted(printable(united) for united in several.keys() - spaced.keys())
     if encoded:
         notes.say(f"class names that differ only in how accents are encoded are one class: {natural_list(encoded)}")
     for united, spellings in sorted(spaced.items()):
-        notes.left_out.append(
-            f"the labels {natural_list(map(repr, spellings))} differ only in the spaces around them; all are {united!r} now"
-        )
+        shown = natural_list(map(repr, spellings))
+        if {unicodedata.normalize("NFC", name).strip() for name in spellings} == {united}:
+            notes.left_out.append(f"the labels {shown} differ only in the spaces around them; all are {united!r} now")
+        else:
+            notes.left_out.append(f"the labels {shown} differ only in characters that nobody sees; all are {united!r} now")
     kept = sorted(
         name
         for spellings in spelled.values()
@@ -255,6 +281,16 @@ def _unite_spellings(found: _Found, notes: Notes) -> None:
     )
     if kept:
         notes.left_out.append(f"class names with spaces around them, kept as they are given: {natural_list(map(repr, kept))}")
+    unseen = sorted(
+        name
+        for united, spellings in spelled.items()
+        for name in spellings
+        if len(spellings) == 1 and unicodedata.normalize("NFC", name).strip() != united
+    )
+    if unseen:
+        notes.left_out.append(
+            f"class names with characters that nobody sees, kept as they are given: {natural_list(map(repr, unseen))}"
+        )
     renamed = {name: united for united, spellings in several.items() for name in spellings}
     if not renamed:
         return
@@ -263,6 +299,15 @@ def _unite_spellings(found: _Found, notes: Notes) -> None:
         for record in found.records
     ]
     found.classes.update({split: tuple(sorted({renamed.get(n, n) for n in names})) for split, names in found.classes.items()})
+
+
+_BLANKS = dict.fromkeys([0xA0, *range(0x2000, 0x200B), 0x202F, 0x205F], " ")  # non-breaking spaces and spaces of other widths
+_INVISIBLE = dict.fromkeys([0xAD, 0x200B, 0x2060, 0xFEFF])  # joiners are no part of these: some scripts need them
+
+
+def _with_plain_blanks(name: str) -> str:
+    """Return a class name without characters of no width, with plain spaces, and without spaces around it."""
+    return unicodedata.normalize("NFC", name).translate(_BLANKS | _INVISIBLE).strip()
 
 
 def _check_classes(found: _Found, shown: str, notes: Notes) -> None:

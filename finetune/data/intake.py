@@ -17,14 +17,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+from finetune.advice import for_http
 from finetune.data.archive import DEFAULT_LIMITS, NOT_AN_ARCHIVE, ArchiveError, ArchiveLimits, archive_kind
 from finetune.data.contents import hold_file, unpack_archive
 from finetune.data.dataset import Dataset, LocalFile, Sample, StoredFile
 from finetune.data.index import index_dataset
 from finetune.data.places import open_place
+from finetune.data.places.opening import NO_SPREADSHEETS, SPREADSHEETS
 from finetune.data.reading import Reading, reading_of
 from finetune.data.tables import SUFFIXES
 from finetune.errors import DataError, DiskFull, FinetuneError, MissingExtra, Problem
+from finetune.messages import printable
 from finetune.spec import DataSpec
 
 MEMORY_BYTES = 3 << 29  # of address space, of which the readers of tables reserve much and use little
@@ -128,7 +131,7 @@ def needs_care(location: Path) -> bool:
     if location.is_file():
         return True
     root = open_place(location, Reading()).tree.root()
-    return any(node.suffix == ".json" or node.suffix in SUFFIXES for node in root.all_files())
+    return any(node.suffix in (".json", ".xml") or node.suffix in SUFFIXES for node in root.all_files())
 
 
 def _ask(request: Mapping[str, Any], limits: ArchiveLimits, what: str) -> dict[str, Any]:
@@ -169,8 +172,8 @@ def _look(archive: Path, target: Path, limits: ArchiveLimits, filename: str, *, 
     except (ArchiveError, DataError, DiskFull, MissingExtra) as error:
         return _refusal(error, target)
     left_out = [f"{bad.where}: {bad.reason}" for bad in dataset.bad]
-    warnings = tuple(_without(target, warning) for warning in (*dataset.warnings, *left_out))
-    understood = tuple(_without(target, sentence) for sentence in dataset.understood)
+    warnings = tuple(for_http(_without(target, warning)) for warning in (*dataset.warnings, *left_out))
+    understood = tuple(for_http(_without(target, sentence)) for sentence in dataset.understood)
     return asdict(
         Intake(kind, n_files, size_bytes, dataset.classes, dataset.counts(), warnings[:100], understood=understood[:100])
     )
@@ -180,10 +183,12 @@ def _unpack(archive: Path, target: Path, limits: ArchiveLimits, filename: str) -
     """Return the kind of an upload, its files and their size, after writing them into `target`."""
     with open(archive, "rb") as stream:
         head = stream.read(512)
+    ending = f".{filename.rpartition('.')[2].lower()}"
+    if ending in SPREADSHEETS:  # some of them are zips
+        raise DataError(f"{printable(filename)}: {NO_SPREADSHEETS}, and put it into a zip with them")
     if archive_kind(head) is not None:
         unpacked = unpack_archive(archive, target, limits=limits)
         return unpacked.kind, unpacked.n_files, unpacked.size_bytes
-    ending = f".{filename.rpartition('.')[2].lower()}"
     if head.startswith(b"PAR1"):
         return "parquet", 1, hold_file(archive, "data.parquet", target)
     if ending in (".jsonl", ".ndjson") and head.lstrip().startswith(b"{"):

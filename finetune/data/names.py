@@ -66,11 +66,13 @@ def decode_names(raw: Sequence[bytes], encoding: str = "auto") -> DecodedNames:
         return DecodedNames(tuple(name.decode() for name in raw), "utf-8", said)
     if not readings:
         texts = tuple(name.decode("utf-8", "surrogateescape") for name in raw)
-        return DecodedNames(texts, "utf-8", "names in an encoding that was not recognised; set data.name_encoding")
+        return DecodedNames(
+            texts, "utf-8", "names in an encoding that was not recognised; --set data.name_encoding=NAME names it"
+        )
     best, texts, score = readings[0]
     others = [(name, other) for name, other, value in readings[1:] if other != texts and value >= score - _CLOSE]
     said = f"names that do not tell their encoding were read as {best} ({_examples(texts, others)})"
-    return DecodedNames(tuple(name.decode(best) for name in raw), best, said + "; data.name_encoding chooses another")
+    return DecodedNames(tuple(name.decode(best) for name in raw), best, said + "; --set data.name_encoding=NAME chooses another")
 
 
 def _in(encoding: str, name: bytes) -> str:

@@ -361,22 +361,50 @@ def _exclusive(dataset: Dataset) -> bool:
     return all(isinstance(sample.target, int) for sample in dataset.samples)
 
 
+def refuse_impossible_folds(dataset: Dataset, n_folds: int) -> None:
+    """Refuse a number of folds for which a class has too few images or groups, before any file is read.
+
+    Images with the same bytes count as one for `fold_datasets`, which may therefore refuse more.
+
+    Raises:
+        DataError: it names the classes and the largest number of folds that works.
+    """
+    groups: dict[int, set[str]] = defaultdict(set)
+    for sample in dataset.samples:
+        if sample.split != "test":
+            for label in sample.labels:
+                groups[label].add(f"image {sample.id}" if sample.group is None else f"group {sample.group}")
+    _check_folds(dataset, {label: len(groups[label]) for label in range(len(dataset.classes))}, n_folds, "image")
+
+
 def _refuse_too_many_folds(dataset: Dataset, units: Sequence[_Unit], n_folds: int) -> None:
     of_class = _of_class(units)
-    counts = {label: len(of_class.get(label, ())) for label in range(len(dataset.classes))}
-    problems = [
-        Problem(dataset.classes[label], f"{plural(count, 'distinct image')}; {_foldable(count)}")
-        for label, count in counts.items()
-        if not _folds_fit(count, n_folds)
-    ]
-    if problems:
-        smallest = min(counts, key=lambda label: counts[label])
-        raise DataError(
-            f"data.folds: {n_folds} does not fit {printable(dataset.root)}: class {dataset.classes[smallest]!r} has "
-            f"{plural(counts[smallest], 'distinct image')} to train, choose and test on, and {_foldable(counts[smallest])}. "
-            "Give another number of folds, or add images.",
-            problems,
+    _check_folds(
+        dataset, {label: len(of_class.get(label, ())) for label in range(len(dataset.classes))}, n_folds, "distinct image"
+    )
+
+
+def _check_folds(dataset: Dataset, counts: Mapping[int, int], n_folds: int, noun: str) -> None:
+    """Raise `DataError` if a class with one of these counts cannot be in train, val and test of each fold."""
+    few = {label: count for label, count in counts.items() if not _folds_fit(count, n_folds)}
+    if not few:
+        return
+    smallest = min(counts, key=lambda label: counts[label])
+    count = counts[smallest]
+    if count < _FEWEST_TO_FOLD:
+        advice = (
+            f"No number of folds works with fewer than {_FEWEST_TO_FOLD}: add images, leave the class out, or train without folds"
         )
+    else:
+        advice = f"The largest number that works is --folds {count}; more images of it allow more"
+    raise DataError(
+        f"data.folds: {n_folds} does not fit {printable(dataset.root)}: class {dataset.classes[smallest]!r} has "
+        f"{plural(count, noun)} to train, choose and test on. {advice}.",
+        [Problem(dataset.classes[label], f"{plural(one, noun)}; {_foldable(one)}") for label, one in few.items()],
+    )
+
+
+_FEWEST_TO_FOLD = 3  # images of a class: one each to train, choose and test on
 
 
 def _folds_fit(count: int, n_folds: int) -> bool:
@@ -386,9 +414,9 @@ def _folds_fit(count: int, n_folds: int) -> bool:
 
 def _foldable(count: int) -> str:
     """Return a phrase with the numbers of folds that a class with `count` distinct images allows."""
-    if count < 3:
-        return "folds need at least 3"
-    return "only 3 folds are possible" if count == 3 else f"2 to {count} folds are possible"
+    if count < _FEWEST_TO_FOLD:
+        return f"folds need at least {_FEWEST_TO_FOLD}"
+    return "only 3 folds are possible" if count == _FEWEST_TO_FOLD else f"2 to {count} folds are possible"
 
 
 def _scarce(before: Dataset, divided: Dataset) -> list[str]:

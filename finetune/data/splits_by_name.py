@@ -29,6 +29,7 @@ _FOREIGN: dict[Split, str] = {
         検証 验证 驗證 バリデーション 검증 تحقق אימות
     """,
     "test": """
+        prufung prufungen prufen pruf pruefung pruefungen pruefen pruef
         tester testen tests essai essais prueba pruebas probar teste testes testar prova prove testowy testovaci testi testler
         testning pengujian тест тестовая тестовый тестирование δοκιμη テスト 試験 测试 測試 테스트 시험 اختبار בדיקה
     """,
@@ -97,18 +98,18 @@ def _word(token: str) -> str:
     return token
 
 
-def _without_accents(text: str) -> str:
+def without_accents(text: str) -> str:
     """Return a text without accents on Latin, Greek and Cyrillic letters; letters of other scripts stay whole."""
     apart = unicodedata.normalize("NFKD", text.replace("ı", "i").replace("æ", "ae"))
     return unicodedata.normalize("NFC", "".join(one for one in apart if not "\u0300" <= one <= "\u036f"))
 
 
-_FOREIGN_WORDS: dict[str, Split] = {_without_accents(word): split for split, words in _FOREIGN.items() for word in words.split()}
+_FOREIGN_WORDS: dict[str, Split] = {without_accents(word): split for split, words in _FOREIGN.items() for word in words.split()}
 
 
 def _foreign_word(token: str) -> Split | None:
     """Return the split that a word of another language means, alone or in a compound such as ``Trainingsdaten``; else None."""
-    plain = _without_accents(token)
+    plain = without_accents(token)
     if plain in _FOREIGN_WORDS:
         return _FOREIGN_WORDS[plain]
     for word, split in (_WORDS | _FOREIGN_WORDS).items():

@@ -25,10 +25,10 @@ from finetune.messages import natural_list, plural
 from finetune.progress import ProgressCallback, silent
 from finetune.training.label_doubts import label_changes, with_changes
 
-VERSION = 10  # of what is found: examinations of another one are not read
+VERSION = 11  # of what is found: examinations of another one are not read
 _ORDER: Mapping[Severity, int] = {"problem": 0, "doubt": 1, "note": 2}
 
-_BLANK_CONTRAST, _DARK, _BRIGHT, _TINY_PX = 4.0, 32.0, 224.0, 32
+_DARK, _BRIGHT, _TINY_PX = 32.0, 224.0, 32
 _BLURRED_SHARPNESS = 0.008  # of pictures that are 128 px on their longer side
 
 
@@ -218,6 +218,15 @@ class _Examining:
         if doubts is None:
             return
         self.confidence = tuple(round(float(one), 6) for one in doubts.confidence)
+        if doubts.why_none:
+            yield Finding(
+                "labels_not_judged",
+                "note",
+                "Labels could not be judged",
+                1,
+                f"A linear head on the features of this backbone {doubts.why_none}, so it says nothing about single labels.",
+                "Examine the images with pretrained weights, or with a backbone that suits them.",
+            )
         if not doubts.doubted:
             return
         classes = self.dataset.classes
@@ -321,21 +330,21 @@ class _Examining:
 
     def _pictures(self, looks: Mapping[str, Look]) -> Iterator[Finding]:
         yield from self._those(
-            looks, "blank", "Pictures of nothing", lambda sample, look: look.contrast < _BLANK_CONTRAST,
+            looks, "blank", "Pictures of nothing", lambda sample, look: look.is_blank,
             lambda look: look.contrast, "Almost no contrast", "Look at them, and leave out what shows nothing.", "leave_out",
         )  # fmt: skip
         yield from self._those(
-            looks, "dark", "Very dark pictures", lambda sample, look: look.contrast >= _BLANK_CONTRAST and look.brightest < _DARK,
+            looks, "dark", "Very dark pictures", lambda sample, look: not look.is_blank and look.brightest < _DARK,
             lambda look: look.brightest, "Black in nineteen of twenty pixels", "Leave out what nobody could recognise.",
         )  # fmt: skip
         yield from self._those(
             looks, "bright", "Very bright pictures",
-            lambda sample, look: look.darkest > _BRIGHT and look.contrast >= _BLANK_CONTRAST,
+            lambda sample, look: look.darkest > _BRIGHT and not look.is_blank,
             lambda look: -look.darkest, "White in nineteen of twenty pixels", "Leave out what nobody could recognise.",
         )  # fmt: skip
         yield from self._those(
             looks, "blurred", "Blurred pictures",
-            lambda sample, look: look.contrast >= _BLANK_CONTRAST
+            lambda sample, look: not look.is_blank
             and look.sharpness < _BLURRED_SHARPNESS
             and min(sample.size_px or (0,)) >= 2 * _TINY_PX,
             lambda look: look.sharpness, "No fine structure even at 128 pixels", "Leave out what nobody could recognise.",
@@ -345,11 +354,15 @@ class _Examining:
             lambda look: look.n_bytes, f"Less than {_TINY_PX} pixels wide or high", "Look for larger originals.",
         )  # fmt: skip
         turned = [sample for sample in self.samples if sample.sha256 in looks and looks[sample.sha256].orientation != 1]
-        formats = Counter(f"{look.format or 'other'} ({look.mode})" for look in looks.values())
-        if len(formats) > 1 or turned:
+        formats = Counter(f"{look.format} ({look.mode})" if look.mode else look.format for look in looks.values())
+        animated = sum(look.animated for look in looks.values())
+        if len(formats) > 1 or turned or animated:
             said = natural_list([f"{count:,} {name}" for name, count in formats.most_common()], 6)
             upright = f" Stored turned, shown upright: {plural(len(turned), 'file')}." if turned else ""
-            yield Finding("formats", "note", "Formats", len(formats), f"{said}.{upright}", "Nothing: all of them are read.")
+            moving = f" Animated, of which only the first frame is used: {plural(animated, 'file')}." if animated else ""
+            yield Finding(
+                "formats", "note", "Formats", len(formats), f"{said}.{upright}{moving}", "Nothing: all of them are read."
+            )
 
     def _those(
         self,

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
+
+from finetune.messages import plural
 
 Severity = Literal["problem", "doubt", "note"]
 """A problem makes metrics or models wrong; a doubt should be looked at; a note is only information."""
@@ -87,6 +90,13 @@ class Examination:
             findings.append(Finding(**{**one, "cases": cases}))
         tuples = {"classes": tuple(given["classes"]), "findings": tuple(findings), "confidence": tuple(given["confidence"])}
         return cls(**{**given, **tuples})
+
+    @property
+    def summary(self) -> str:
+        """The numbers of findings as a sentence."""
+        counts = Counter[str](one.severity for one in self.findings if one.count)
+        said = [plural(counts[name], name) for name in get_args(Severity) if counts[name]]
+        return f"Found in {plural(self.n_images, 'image')}: {', '.join(said) or 'nothing'}."
 
     def of(self, *kinds: str) -> Finding | None:
         """Return the first finding of one of these kinds, if there is one."""

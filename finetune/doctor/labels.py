@@ -17,6 +17,7 @@ from finetune.tasks import task_named
 
 FOLDS = 5
 LEAST_LIFT = 0.3  # accuracy above always predicting the largest class, as a share of what is possible; below, nothing is doubted
+MOST_DOUBTED = 0.25  # share of the labels; with more, it is the features that do not tell the classes apart
 LEAST_IMAGES = 50
 # With any number of labels per image: the probability of a decision as given, up to which it is doubted.
 _MOST_OWN_BY_IMAGE, _MOST_OWN_BY_OTHERS = 0.05, 0.1
@@ -39,6 +40,7 @@ class Doubts:
     confidence: NDArray[np.float64]
     suggested: NDArray[np.int64]
     doubted: tuple[int, ...]
+    why_none: str = ""  # why nothing is doubted although labels were looked at, as the end of a sentence
 
 
 @dataclass(frozen=True)
@@ -83,11 +85,13 @@ def doubt_labels(samples: Sequence[Sample], embeddings: NDArray[np.float32], n_c
     confidence = np.where(held_out, probs[rows, labels], 1.0)
     suggested = np.where(held_out, np.nan_to_num(probs).argmax(axis=1), labels)
     if _above_majority(suggested[held_out], labels[held_out]) < LEAST_LIFT:
-        return Doubts(confidence, suggested.astype(np.int64), ())
+        return Doubts(confidence, suggested.astype(np.int64), (), "is hardly better than always naming the largest class")
     usual = np.array([probs[held_out & (labels == one), one].mean() if counts[one] else 2.0 for one in range(n_classes)])
     is_doubted = held_out & (suggested != labels) & (probs[rows, suggested] >= usual[suggested])
     is_doubted &= (counts[labels] >= LEAST_OF_A_CLASS) & (counts[suggested] >= LEAST_OF_A_CLASS)
     doubted = np.flatnonzero(is_doubted)
+    if len(doubted) > MOST_DOUBTED * len(samples):
+        return Doubts(confidence, suggested.astype(np.int64), (), f"contradicts {len(doubted):,} labels, too many to be mistakes")
     order = doubted[np.argsort(confidence[doubted], kind="stable")]
     return Doubts(confidence, suggested.astype(np.int64), tuple(int(one) for one in order))
 

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from finetune.bundle.image import DECODER
+from finetune.bundle.image_formats import from_first_byte, sniff
 from finetune.data.check import append_note
 from finetune.data.dataset import Sample
 from finetune.data.grey import grey
@@ -24,8 +25,10 @@ from finetune.errors import ImageError
 from finetune.progress import Progress, ProgressCallback, silent
 from finetune.runtime.cores import available_cores
 
-_VERSION = 1
+_VERSION = 2
 _SIDE_PX = 128  # of the picture that is measured; blur is a matter of scale
+_BLANK_CONTRAST = 4.0  # standard deviation of the grey values
+_ANIMATED = ("GIF", "WEBP", "PNG")
 _ORIENTATION, _MODEL = 0x0112, 0x0110  # EXIF tags
 
 
@@ -34,10 +37,12 @@ class Look:
     """Facts about one image file.
 
     Args:
+        mode: Pillow's name for the kind of pixels; empty if it is not known.
         brightness: mean of the grey values, 0 to 255; `darkest` and `brightest` are their 5th and 95th percentile.
         contrast: standard deviation of the grey values.
         sharpness: variance of the differences of neighbouring pixels, divided by the variance of the grey values.
         orientation: the EXIF value; 1 if the file is stored upright.
+        animated: whether it has several frames, of which the first is used.
     """
 
     format: str
@@ -50,6 +55,12 @@ class Look:
     sharpness: float
     orientation: int = 1
     camera: str = ""
+    animated: bool = False
+
+    @property
+    def is_blank(self) -> bool:
+        """Whether the image shows nothing: one colour throughout."""
+        return self.contrast < _BLANK_CONTRAST
 
 
 def look_at_all(samples: Sequence[Sample], *, memory: Path | None = None, progress: ProgressCallback = silent) -> dict[str, Look]:
@@ -93,7 +104,7 @@ def _look(sample: Sample) -> Look | None:
 
 
 def _facts_of_file(data: bytes) -> dict[str, Any]:
-    """Return the facts in a file's header; empty values if Pillow cannot read it."""
+    """Return the facts in the header of a file that can be decoded; only the format if Pillow alone cannot read it."""
     try:
         with Image.open(io.BytesIO(data)) as picture:
             exif = picture.getexif()
@@ -103,9 +114,10 @@ def _facts_of_file(data: bytes) -> dict[str, Any]:
                 "mode": picture.mode,
                 "orientation": int(exif.get(_ORIENTATION, 1) or 1),
                 "camera": camera.strip("\x00 ")[:80] if isinstance(camera, str) else "",
+                "animated": picture.format in _ANIMATED and bool(getattr(picture, "is_animated", False)),
             }
     except (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError):
-        return {"format": "", "mode": "", "orientation": 1, "camera": ""}
+        return {"format": sniff(from_first_byte(data)), "mode": "", "orientation": 1, "camera": ""}  # HEIC: Pillow alone cannot
 
 
 def _notes(memory: Path) -> Path:

@@ -18,9 +18,12 @@ from finetune.storage.files import json_text, read_json, write_atomic
 from finetune.tasks import task_named
 from finetune.tasks.leading import WHY_OVER_CLASSES, leading_first
 
+POOLED = "cv"
+"""The split name of the pooled evaluation: ``cv/top1`` is the share of all images that the model of the fold that held them out
+predicts correctly."""
 UNSEEN = "_unseen"
 """Suffix of the second evaluation of a split that shares images with the training data: the one without those images."""
-MOST_INDEPENDENT_FIRST = (f"cv{UNSEEN}", "cv", f"test{UNSEEN}", "test", f"val{UNSEEN}", "val")
+MOST_INDEPENDENT_FIRST = (f"{POOLED}{UNSEEN}", POOLED, f"test{UNSEEN}", "test", f"val{UNSEEN}", "val")
 """The splits in the order in which they are displayed. Val comes last, because the epoch was chosen on it."""
 
 

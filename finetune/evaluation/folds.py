@@ -17,12 +17,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from finetune.evaluation.evaluate import UNSEEN, Evaluation
+from finetune.evaluation.evaluate import POOLED, UNSEEN, Evaluation
 from finetune.tasks import task_named
-
-POOLED = "cv"
-"""The split name of the pooled evaluation: ``cv/top1`` is the share of all images that the model of the fold that held them out
-predicts correctly."""
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from finetune.bundle.predictor import Predictor, Seen, read_seen
 from finetune.data.dataset import Sample
 from finetune.data.index import index_dataset
 from finetune.data.places.opening import check_present
+from finetune.doctor.looks import look_at_all
 from finetune.errors import DataError, InvalidInput, Problem
 from finetune.evaluation.predict import SamplePrediction, UnreadableSample, image_samples, predict_samples
 from finetune.labelling.choose import choose, label_margins, label_uncertainty, margins, unit
@@ -85,6 +86,7 @@ class Suggestions:
     unreadable: tuple[UnreadableSample, ...] = ()
     same_bytes: int = 0  # exact duplicates
     seen: int = 0  # files that the model was trained or validated on, or that are in the labelled data
+    blank: int = 0  # images that would have been chosen but show nothing: one colour throughout
     near_copies: int = 0  # images that would have been chosen but are near duplicates of a chosen or labelled one
 
     def to_dict(self) -> dict[str, Any]:
@@ -97,6 +99,7 @@ class Suggestions:
                 "unreadable": [{"file": printable(bad.sample.id), "reason": bad.error.message} for bad in self.unreadable],
                 "same_bytes": self.same_bytes,
                 "already_labelled": self.seen,
+                "blank": self.blank,
                 "near_copies": self.near_copies,
             },
         }
@@ -108,6 +111,7 @@ class Suggestions:
             (len(self.unreadable), "cannot be read"),
             (self.seen, "labelled already"),
             (self.same_bytes, "the same bytes as another"),
+            (self.blank, "one colour throughout, so there is nothing to label"),
             (self.near_copies, "a near copy of a suggested or labelled picture"),
         )
         return tuple(f"{plural(count, 'file')}: {what}" for count, what in said if count)
@@ -147,7 +151,7 @@ def suggest(
         raise DataError(f"{where}: holds no readable picture that is not labelled already", problems)
     certainty = PoolCertainty.of(predictor, np.stack([one.probs for one in fresh]).astype(np.float64))
     embeddings = np.stack([one.embedding for one in fresh])
-    rows, near = _chosen_without_copies(fresh, 1 - certainty.margins, embeddings, known, n, seed, progress)
+    rows, blank, near = _chosen_without_copies(fresh, 1 - certainty.margins, embeddings, known, n, seed, progress)
     version = "" if manifest.version is None else f"@{manifest.version}"
     return Suggestions(
         f"{manifest.name}{version}",
@@ -158,6 +162,7 @@ def suggest(
         tuple(unreadable),
         same_bytes,
         n_seen,
+        blank,
         near,
     )
 
@@ -248,15 +253,34 @@ def _chosen_without_copies(
     n: int,
     seed: int,
     progress: ProgressCallback,
-) -> tuple[list[int], int]:
-    """Choose `n` rows; remove near duplicates of chosen or labelled images from the pool and repeat until there are none."""
-    left = np.arange(len(fresh))
+) -> tuple[list[int], int, int]:
+    """Choose `n` rows; remove blank images and near duplicates of chosen or labelled images, and repeat until there are none.
+
+    Returns:
+        The rows, the number of blank images that were removed, and that of near duplicates.
+
+    Raises:
+        DataError: every image is blank.
+    """
+    left, n_blank = np.arange(len(fresh)), 0
     while True:
+        if not len(left):
+            raise DataError("every picture that is not labelled already has one colour throughout, so there is nothing to label")
         picked = left[choose(uncertainty[left], embeddings[left], n, seed)]
+        if blank := _blank(fresh, picked):
+            n_blank += len(blank)
+            left = np.setdiff1d(left, blank)
+            continue
         copies = _copies(fresh, embeddings, picked, known, progress)
         if not copies:
-            return [int(one) for one in picked], len(fresh) - len(left)
+            return [int(one) for one in picked], n_blank, len(fresh) - len(left) - n_blank
         left = np.setdiff1d(left, sorted(copies))
+
+
+def _blank(fresh: Sequence[SamplePrediction], picked: NDArray[np.int64]) -> list[int]:
+    """Return the choices that show nothing, as `finetune check` judges it."""
+    looks = look_at_all([fresh[one].sample for one in picked])
+    return [int(one) for one in picked if (look := looks.get(fresh[one].sample.sha256)) is not None and look.is_blank]
 
 
 def _copies(
@@ -330,7 +354,11 @@ def _reason(likely: Sequence[str], probabilities: Sequence[float], stands_for: i
     said = f"{'' if exclusive else 'least certain: '}{likely[0]} {probabilities[0]:.0%}"
     if len(likely) > 1:
         said += f", {likely[1]} {probabilities[1]:.0%}"
-    others = f"; nearest to {plural(stands_for - 1, 'picture')} that were not chosen" if stands_for > 1 else "; unlike the others"
+    others = (
+        f"; nearest to {plural(stands_for - 1, 'picture')} that {'was' if stands_for == 2 else 'were'} not chosen"
+        if stands_for > 1
+        else "; unlike the others"
+    )
     return said + others
 
 

@@ -36,7 +36,7 @@ _FITTING_CLASSES = 50  # a larger confusion matrix is shown in full size with sc
 
 _SPLIT_TITLES = {
     "cv": "cross-validation",
-    "cv_unseen": "cross-validation, without images that were trained on",
+    "cv_unseen": "cross-validation, without near duplicates of training images",
     "val": "val (which chose the weights)",
     "test_unseen": "test, without images that were trained on",
     "val_unseen": "val, without images that were trained on",

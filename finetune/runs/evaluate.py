@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from finetune.data.dataset import Sample
-from finetune.evaluation.evaluate import UNSEEN, Evaluation, RunEvaluation, evaluate
+from finetune.evaluation.evaluate import UNSEEN, RunEvaluation, evaluate
 from finetune.evaluation.predictions import Predictions, digests_as_rows
 from finetune.metrics.temperature import Temperature
 from finetune.runs.learner import Learner
@@ -106,17 +107,17 @@ def evaluate_splits(
             its name with the suffix ``_unseen``.
         class_sizes: images of each class in all splits together.
     """
-    evaluations = {split: evaluate(table, class_sizes) for split, table in predictions.items()}
-    evaluations |= unseen_evaluations(predictions, leaked or {}, class_sizes)
+    judged = {**predictions, **without_training_images(predictions, leaked or {})}
+    evaluations = {split: evaluate(table, class_sizes) for split, table in judged.items()}
     return RunEvaluation(evaluations, fit_temperature(predictions["val"]) if "val" in predictions else None, thresholds)
 
 
-def unseen_evaluations(
-    predictions: Mapping[str, Predictions], leaked: Mapping[str, frozenset[str]], class_sizes: Sequence[int] = ()
-) -> dict[str, Evaluation]:
-    """Return evaluations of splits without the images that are in the training data too, under names that end in `UNSEEN`.
+def without_training_images(
+    predictions: Mapping[str, Predictions], leaked: Mapping[str, frozenset[str]]
+) -> dict[str, Predictions]:
+    """Return the tables of splits without the images that are in the training data too, under names that end in `UNSEEN`.
 
-    There is none of a split that would lose no image, or all. See `evaluate_splits` for the arguments.
+    There is none of a split that would lose no image, or all. See `evaluate_splits` for `leaked`.
     """
     found = {}
     for split, ids in leaked.items():
@@ -124,7 +125,7 @@ def unseen_evaluations(
             table = predictions[split]
             unseen = np.array([row for row, name in enumerate(table.ids) if name not in ids], dtype=np.int64)
             if 0 < len(unseen) < len(table):
-                found[f"{split}{UNSEEN}"] = evaluate(table.take(unseen), class_sizes)
+                found[f"{split}{UNSEEN}"] = replace(table.take(unseen), split=f"{split}{UNSEEN}")
     return found
 
 

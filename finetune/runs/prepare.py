@@ -23,7 +23,7 @@ from finetune.data.files import state_of
 from finetune.data.index import index_dataset
 from finetune.data.manifest import keep, require
 from finetune.data.reading import reading_of
-from finetune.data.split import read_split, recorded_sides, split_dataset, write_split
+from finetune.data.split import read_split, recorded_sides, refuse_impossible_folds, split_dataset, write_split
 from finetune.errors import DataError, ImageError, InvalidInput, Problem
 from finetune.features.rows import FeatureContext, Views, decode_into_features
 from finetune.messages import printable
@@ -210,6 +210,8 @@ def _index(spec: JobSpec, shared: Shared) -> Dataset:
         if not dataset.samples:  # every file that a table names is missing: there are no classes to build a network for
             check_images(dataset, max_bad_fraction=spec.data.max_bad_fraction)
         _refuse_unlearnable(spec, dataset)
+        if spec.data.folds is not None and spec.data.manifest is None:  # corrections may add images to a class
+            refuse_impossible_folds(dataset, spec.data.folds)
         return dataset
     except InvalidInput as of_data:
         from finetune.runs.build import seeded_backbone

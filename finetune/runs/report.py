@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 
 from finetune.bundle.calibration import Calibration
 from finetune.bundle.manifest import Manifest
 from finetune.evaluation.calibrate import AccuracyCoverage, accuracy_coverage, reliability_after
 from finetune.evaluation.diagnose import Diagnosis
-from finetune.evaluation.evaluate import MOST_INDEPENDENT_FIRST, Evaluation, RunEvaluation
-from finetune.evaluation.folds import CrossValidation
+from finetune.evaluation.evaluate import MOST_INDEPENDENT_FIRST, UNSEEN, Evaluation, RunEvaluation
 from finetune.evaluation.mistakes import confident_mistakes
 from finetune.evaluation.predictions import Predictions
 from finetune.messages import printable
 from finetune.report.run_page import ReportInputs, ShownMistake, write_report
 from finetune.runs.outcome import Outcome
 from finetune.runs.prepare import Prepared
+from finetune.runs.study_results import StudyResults
 from finetune.storage.journal import read_lines
 from finetune.storage.rundir import RunDir
 from finetune.tasks import task_named
@@ -42,14 +42,17 @@ def write_run_report(
     trained: Trained,
     evaluation: RunEvaluation,
     predictions: Mapping[str, Predictions],
-    notes: Sequence[str],
     manifest: Manifest,
     outcome: Outcome,
     run: RunDir,
-    diagnosis: Diagnosis | None = None,
-    folds: CrossValidation | None = None,
+    diagnosis: Diagnosis | None,
+    carried: StudyResults,
 ) -> None:
-    """Write ``report.html`` and its figures into the run folder."""
+    """Write ``report.html`` and its figures into the run folder.
+
+    Args:
+        carried: results of the study that keeps the run, which the page shows instead of the run's own.
+    """
     from finetune.report.run_figures import draw_figures  # imports matplotlib, which a run that is only evaluated does not need
 
     resolved, head = prepared.resolved, trained.head
@@ -59,18 +62,18 @@ def write_run_report(
     inputs = ReportInputs(
         title=f"{resolved.model_name}: {outcome.carried_out} on {resolved.backbone.name}",
         evaluations={split: evaluation.evaluations[split] for split in evaluated},
-        folds=folds,
+        folds=carried.folds,
         summary=outcome.summary,
-        note=" ".join(notes),
-        warnings=outcome.warnings,
+        note=" ".join(carried.notes),
+        warnings=(*outcome.warnings, *carried.warnings),
         diagnosis=diagnosis,
-        spec=resolved.spec.model_dump(mode="json"),
+        spec=(carried.spec or resolved.spec).model_dump(mode="json"),
         sources=resolved.sources,
         resolved=resolved.values(),
         phases=[asdict(phase) for phase in resolved.recipe.phases],
         stage_names={f"stage{stage.index}": stage.name for stage in resolved.backbone.stages},
-        images=resolved.dataset.counts,
-        cost=outcome.cost,
+        images=carried.images or resolved.dataset.counts,
+        cost={**outcome.cost, **carried.cost},
         frozen=trained.frozen,
         parity=manifest.parity,
         weights=resolved.backbone.weights,
@@ -93,7 +96,8 @@ def _after(predictions: Predictions, evaluation: RunEvaluation, calibration: Cal
     if evaluation.temperature is None:
         return None
     fitted_on = calibration.split if calibration else "val"
-    return reliability_after(predictions, evaluation.temperature.temperature, fitted_on_these=predictions.split == fitted_on)
+    split = predictions.split.removesuffix(UNSEEN)
+    return reliability_after(predictions, evaluation.temperature.temperature, fitted_on_these=split == fitted_on)
 
 
 def _curve(predictions: Predictions, evaluation: RunEvaluation) -> AccuracyCoverage | None:

@@ -6,6 +6,7 @@ it.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -14,6 +15,7 @@ from finetune.bundle.preprocess import Preprocess
 from finetune.data.check import ResizeAdvice, advise_resize, image_facts
 from finetune.data.dataset import Dataset, targets_of, unmeasured
 from finetune.doctor.classes import first_look
+from finetune.messages import printable
 from finetune.model.facts import BackboneFacts
 from finetune.naming import model_name
 from finetune.runtime.device import Device
@@ -229,6 +231,14 @@ def resolve(
     )
 
 
+def _why_threads(threads: int) -> str:
+    """Return where an automatic number of threads comes from; ``OMP_NUM_THREADS`` is not it, which is said if it is set."""
+    said, asked = "the cores that this process may use", os.environ.get("OMP_NUM_THREADS", "")
+    return (
+        said if asked in ("", str(threads)) else f"{said}; compute.threads sets it, OMP_NUM_THREADS={printable(asked)} does not"
+    )
+
+
 def _reasons(spec: JobSpec, task: Task, backbone: BackboneFacts, compute: Compute) -> dict[str, str]:
     """Return the reasons for the values that are not part of the recipe, by field path."""
     defaults = {
@@ -236,7 +246,7 @@ def _reasons(spec: JobSpec, task: Task, backbone: BackboneFacts, compute: Comput
         "model.weights": (spec.model.weights, f"default: found in {_WEIGHTS_FROM.get(backbone.weights['source'], 'a file')}"),
         "model.input_size_px": (spec.model.input_size_px, "as the weights were trained"),
         "compute.device": (spec.compute.device, "a GPU" if compute.device == "cuda" else "PyTorch sees no GPU here"),
-        "compute.threads": (spec.compute.threads, "the cores that this process may use"),
+        "compute.threads": (spec.compute.threads, _why_threads(compute.threads)),
     }
     return {path: default if given == "auto" else GIVEN for path, (given, default) in defaults.items()}
 

@@ -8,7 +8,7 @@ that of an uninterrupted run.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -25,8 +25,7 @@ from finetune.evaluation import predictions as tables
 from finetune.evaluation.calibrate import FittedCalibration, check_calibration, fit_calibration
 from finetune.evaluation.diagnose import write_diagnosis
 from finetune.evaluation.drift import reference_of
-from finetune.evaluation.evaluate import MOST_INDEPENDENT_FIRST, RunEvaluation, read_evaluation, write_evaluation
-from finetune.evaluation.folds import POOLED, CrossValidation
+from finetune.evaluation.evaluate import MOST_INDEPENDENT_FIRST, POOLED, RunEvaluation, read_evaluation, write_evaluation
 from finetune.evaluation.predictions import Predictions
 from finetune.events import DataWarning, Finished, Planned, Quantised, Registered
 from finetune.export.pack import BundleFacts, export_bundle
@@ -39,6 +38,7 @@ from finetune.runs.evaluate import (
     embeddings_match,
     evaluate_splits,
     predict_splits,
+    without_training_images,
 )
 from finetune.runs.learner import Learner
 from finetune.runs.model_cost import model_cost
@@ -50,6 +50,7 @@ from finetune.runs.report import import_in_background, write_run_report
 from finetune.runs.resolve import DatasetFacts, Resolved
 from finetune.runs.shared import Shared
 from finetune.runs.solved import SolvedLearner
+from finetune.runs.study_results import StudyResults
 from finetune.runs.watch import Stopwatch, failures_recorded, recorded
 from finetune.spec import JobSpec
 from finetune.storage.files import write_atomic, write_json
@@ -63,27 +64,6 @@ from finetune.training.context import Trained, TrainingContext
 from finetune.training.image_weights import image_weights
 from finetune.training.label_doubts import label_doubts_noted
 from finetune.training.near_copies import near_copies_in, near_copies_noted
-
-
-@dataclass(frozen=True)
-class StudyResults:
-    """Results of a study that belong in the bundle and the report of the run whose model it keeps.
-
-    Args:
-        evaluation: of further splits, with the temperature and thresholds to export with; None: the run's own are used.
-        predictions: the tables of predictions that `evaluation` was computed from.
-        notes: sentences that say which weights the figures belong to.
-        summary: the study's summary, which replaces the run's.
-        folds: the cross-validation, if the study is one.
-        warnings: what the study found about the data.
-    """
-
-    evaluation: RunEvaluation | None = None
-    predictions: Mapping[str, Predictions] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-    summary: str = ""
-    folds: CrossValidation | None = None
-    warnings: tuple[str, ...] = ()
 
 
 def run_job(
@@ -129,14 +109,15 @@ def run_job(
         predictions, thresholds = apply_thresholds(
             predict_splits(learner, context, options.judged), _given_thresholds(run, options, carried)
         )
+        in_train = in_training(prepared.dataset, run)
+        evaluation = add_study_evaluation(
+            evaluate_splits(predictions, thresholds, in_train, prepared.dataset.class_sizes()), carried.evaluation
+        )
+        predictions |= without_training_images(predictions, in_train)
         for split, table in predictions.items():
             tables.write(run.predictions_of(split), table)
-        evaluation = add_study_evaluation(
-            evaluate_splits(predictions, thresholds, in_training(prepared.dataset, run), prepared.dataset.class_sizes()),
-            carried.evaluation,
-        )
         write_evaluation(run.evaluation, evaluation)
-        diagnosis = write_diagnosis(run)
+        diagnosis = write_diagnosis(run, carried.study)
         outcome = outcome_of(prepared.resolved, trained, evaluation, run, stopwatch, options)
 
         if options.reaches("registered"):
@@ -148,8 +129,7 @@ def run_job(
             manifest = export(prepared, learner, trained, evaluation, carried, fitted, reference, run, progress)
             cost = {**outcome.cost, **stopwatch.read(), **model_cost(run)}
             outcome = replace(outcome, bundle=run.bundle, cost=cost, summary=carried.summary or outcome.summary)
-            told = replace(outcome, warnings=(*outcome.warnings, *carried.warnings))
-            write_run_report(prepared, trained, evaluation, answers, carried.notes, manifest, told, run, diagnosis, carried.folds)
+            write_run_report(prepared, trained, evaluation, answers, manifest, outcome, run, diagnosis, carried)
         if options.reaches("registered"):
             outcome = register(outcome, prepared.resolved, predictions, shared.workspace)
         finish(outcome, run)

@@ -81,15 +81,22 @@ def _flatten(nested: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> list[tu
 _PUNCTUATION = re.compile(r"\s*[^\w\s\[\]{}'\"~]+\s*")  # such as | ; and , which YAML takes for syntax and which are separators
 
 
+def setting_value(text: str) -> Any:
+    """Return the value that ``--set key=text`` means.
+
+    Raises:
+        yaml.YAMLError: it is not YAML.
+    """
+    return text.strip() if _PUNCTUATION.fullmatch(text) else yaml.safe_load(text)
+
+
 def _parse_setting(setting: str) -> tuple[tuple[str, ...], Any]:
     key, equals, text = setting.partition("=")
     if not equals or not key.strip():
         raise SpecError(f"--set {setting!r}: expected key.path=value, for example hyperparameters.n_epochs=5")
     path = tuple(key.strip().split("."))
-    if _PUNCTUATION.fullmatch(text):
-        return path, text.strip()
     try:
-        return path, yaml.safe_load(text)
+        return path, setting_value(text)
     except yaml.YAMLError as error:
         raise SpecError(f"--set {setting!r}: the value is not YAML: {error}") from None
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from finetune.errors import Conflict
 from finetune.events import Event
-from finetune.storage.files import delete_temporary, file_lock, is_locked
+from finetune.storage.files import delete_temporary, file_lock, is_locked, read_json
 from finetune.storage.journal import append_line
 
 
@@ -209,3 +209,12 @@ class RunDir:
     def metric(self, step: int, values: Mapping[str, float], *, epoch: float | None = None) -> None:
         """Append one line of metrics (keys are ``split/name``) to ``metrics.jsonl``; `step` counts optimiser steps."""
         append_line(self.metrics, {"at": time.time(), "step": step, "epoch": epoch, "values": dict(values)})
+
+
+def kept_run(run: RunDir) -> RunDir:
+    """Return the run whose weights a run or study keeps: a run itself, or the kept child of a study, through nested studies.
+
+    A study that has not decided yet is returned itself.
+    """
+    kept = read_json(run.study)["kept"] if run.study.exists() else None
+    return run if kept is None else kept_run(run.child(kept))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from finetune.data.dataset import Dataset
@@ -17,29 +17,31 @@ from finetune.data.places.opening import check_present
 from finetune.data.split import fold_datasets
 from finetune.errors import DataChangedError
 from finetune.evaluation import predictions as tables
-from finetune.evaluation.evaluate import RunEvaluation, read_evaluation, write_evaluation
-from finetune.evaluation.folds import POOLED, CrossValidation
+from finetune.evaluation.evaluate import POOLED, RunEvaluation, evaluate, read_evaluation, write_evaluation
+from finetune.evaluation.folds import CrossValidation
 from finetune.evaluation.predictions import Predictions
 from finetune.events import Compared, DataChanged, StudyConcluded
 from finetune.messages import plural, printable
 from finetune.naming import dataset_name, model_name
 from finetune.progress import ProgressCallback, silent
-from finetune.runs.evaluate import choose_thresholds, fit_temperature, unseen_evaluations
+from finetune.runs.evaluate import choose_thresholds, fit_temperature, without_training_images
 from finetune.runs.options import RunOptions
 from finetune.runs.outcome import Outcome
 from finetune.runs.prepare import read_and_build, split_for
 from finetune.runs.resolve import DatasetFacts, Resolved, resolve_resize, resolve_task
-from finetune.runs.run import StudyResults, announce, finish, finished_outcome, refuse_if_diverged, register, run_job
+from finetune.runs.run import announce, finish, finished_outcome, refuse_if_diverged, register, run_job
 from finetune.runs.shared import Shared
+from finetune.runs.study_results import StudyResults
 from finetune.runs.watch import Stopwatch, failures_recorded, recorded
 from finetune.spec import JobSpec, load_spec
 from finetune.storage.files import read_json, write_atomic, write_json
-from finetune.storage.rundir import RunDir
+from finetune.storage.rundir import RunDir, kept_run
 from finetune.storage.workspace import Workspace
 from finetune.studies.escalate import escalation
 from finetune.studies.folds import FINAL, Folds, cross_validation, fold_name, pooled_predictions
 from finetune.studies.refit import CHOOSE, REFIT, Refit
-from finetune.studies.study import kept_run, record_kept, run_children
+from finetune.studies.study import record_kept, run_children
+from finetune.training.measurements import pool_neighbours
 from finetune.training.near_copies import near_copies_in, near_copies_noted, pool_near_copies
 
 REFIT_NOTE = (
@@ -63,6 +65,7 @@ class Conclusion:
     summary: str
     folds: CrossValidation | None = None
     warnings: tuple[str, ...] = ()  # beside those of the kept child
+    images: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # of the whole study, by use and class
 
 
 def fine_tune(
@@ -153,7 +156,7 @@ def _study(
         if options.reaches("registered"):
             refuse_if_diverged(Resolved.from_dict(read_json(run.resolved)), conclusion.predictions)
         if options.reaches("exported"):
-            exported = _export_kept(spec, run, conclusion, shared, progress)
+            exported = _export_kept(spec, run, conclusion, outcome, shared, progress)
             cost = {key: exported.cost[key] for key in ("bundle_bytes", "latency_seconds")}
             outcome = replace(outcome, bundle=exported.bundle, cost={**outcome.cost, **stopwatch.read(), **cost})
             _copy_report(kept_run(run), run)
@@ -179,28 +182,32 @@ def _cross_validate(spec: JobSpec, run: RunDir, shared: Shared, progress: Progre
     datasets = fold_datasets(whole, n_folds, val_fraction=data.val_fraction, seed=data.split_seed)
     outcomes = run_children(Folds(of_child, datasets, whole), run, shared, progress, carry_out)
     pooled = pooled_predictions(run, n_folds)
-    pool_near_copies(run, [kept_run(run.child(fold_name(number))) for number in range(1, n_folds + 1)])
+    tested = [kept_run(run.child(fold_name(number))) for number in range(1, n_folds + 1)]
+    pool_near_copies(run, tested)
+    pool_neighbours(run, tested)
     found = cross_validation(outcomes, pooled, n_folds)
     final = run.child(FINAL)
     own = read_evaluation(final.evaluation)
+    answers = {POOLED: pooled, **without_training_images({POOLED: pooled}, near_copies_in(run))}
     return Conclusion(
         kept=FINAL,
         evaluation=RunEvaluation(
-            {POOLED: found.pooled, **unseen_evaluations({POOLED: pooled}, near_copies_in(run)), **own.evaluations},
+            {**{split: evaluate(table) for split, table in answers.items()}, **own.evaluations},
             fit_temperature(pooled),
             choose_thresholds(pooled),
         ),
-        predictions={POOLED: pooled, **_tables_in(final)},
+        predictions={**answers, **_tables_in(final)},
         summary=outcomes[FINAL].summary,
         folds=found,
         warnings=near_copies_noted(run),
+        images=_images_of_folds(whole, datasets),
     )
 
 
 def _refit(spec: JobSpec, run: RunDir, shared: Shared, progress: ProgressCallback, options: RunOptions) -> Conclusion:
     """Run the run that makes the choices, then the refit; val metrics are the first one's, test metrics the second one's."""
     dataset, _ = read_and_build(spec, shared, progress)
-    _split(spec, dataset, run)
+    whole = _split(spec, dataset, run)
     hyperparameters = spec.hyperparameters.model_copy(update={"refit": False})
     study = Refit(spec.model_copy(update={"hyperparameters": hyperparameters}), run)
     outcomes = run_children(study, run, shared, progress, carry_out)
@@ -211,6 +218,7 @@ def _refit(spec: JobSpec, run: RunDir, shared: Shared, progress: ProgressCallbac
         evaluation=RunEvaluation({**before.evaluations, **after.evaluations}, before.temperature, before.thresholds),
         predictions={**_tables_in(chose), **_tables_in(refitted)},
         summary=f"{outcomes[CHOOSE].summary}; then fitted once more on train + val with what val chose",
+        images=whole.counts(),
     )
 
 
@@ -239,11 +247,22 @@ def _split(spec: JobSpec, dataset: Dataset, run: RunDir) -> Dataset:
     return divided
 
 
-def _export_kept(spec: JobSpec, run: RunDir, conclusion: Conclusion, shared: Shared, progress: ProgressCallback) -> Outcome:
+def _export_kept(
+    spec: JobSpec, run: RunDir, conclusion: Conclusion, outcome: Outcome, shared: Shared, progress: ProgressCallback
+) -> Outcome:
     """Export the run whose weights are kept, with the results of the whole study in its bundle and report."""
     leaf = kept_run(run)
     carried = StudyResults(
-        conclusion.evaluation, conclusion.predictions, notes_of(spec), conclusion.summary, conclusion.folds, conclusion.warnings
+        conclusion.evaluation,
+        conclusion.predictions,
+        notes_of(spec),
+        conclusion.summary,
+        conclusion.folds,
+        conclusion.warnings,
+        spec=spec,
+        study=run,
+        images=conclusion.images,
+        cost=outcome.cost,
     )
     options = replace(RunOptions.read(leaf), goal="exported")
     return run_job(load_spec(leaf.spec), leaf, shared, progress, options, carried)
@@ -273,6 +292,13 @@ def _outcome_of(spec: JobSpec, run: RunDir, conclusion: Conclusion, stopwatch: S
         cross_validation=folds.to_dict() if folds else None,
         warnings=(*kept.warnings, *conclusion.warnings),
     )
+
+
+def _images_of_folds(whole: Dataset, folds: Sequence[Dataset]) -> dict[str, dict[str, int]]:
+    """Return the number of images of each class in the whole data and in the part that each fold held out."""
+    sizes = dict(zip(whole.classes, whole.class_sizes(), strict=True))
+    held_out = {f"held out by fold {number}": fold.counts()["test"] for number, fold in enumerate(folds, 1)}
+    return {"images": sizes, **held_out}
 
 
 def training_cost(children: Sequence[Mapping[str, float]]) -> dict[str, float]:

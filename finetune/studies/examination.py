@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from finetune.bundle.preprocess import Preprocess
+from finetune.data.check import check_images
 from finetune.data.dataset import Dataset
+from finetune.data.index import IndexRefused
 from finetune.doctor.examine import VERSION, examine, without_accepted
 from finetune.doctor.finding import LISTED, Examination
 from finetune.doctor.page import write_page
 from finetune.doctor.prescribe import accepted_in, acknowledge, reopen, write_manifest
-from finetune.errors import DataError
+from finetune.errors import DataError, Problem
 from finetune.features.engine import Prefix
 from finetune.features.rows import FeatureContext, Views, pooled_features
 from finetune.messages import printable
@@ -109,3 +112,20 @@ def _examined(
     found = examine(dataset, embeddings, backbone=prefix.backbone, memory=notes, progress=progress)
     write_json(kept, found.to_dict())
     return found
+
+
+@contextmanager
+def data_problems(shared: Shared, progress: ProgressCallback) -> Iterator[None]:
+    """Add the unreadable files to the error of a block in which data is refused for its layout, to report all problems at once.
+
+    Raises:
+        DataError: the original error with all problems of the data.
+    """
+    try:
+        yield
+    except IndexRefused as error:
+        notes = shared.store.folder("notes")
+        checked = check_images(error.listed, max_bad_fraction=1.0, may_empty=True, progress=progress, memory=notes)
+        known = {problem.where for problem in error.problems}
+        bad = [Problem(printable(one.where), one.reason) for one in checked.bad if one.where not in known]
+        raise DataError(error.message, [*error.problems, *bad]) from None

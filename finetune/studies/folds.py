@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from finetune.data.dataset import Dataset
-from finetune.evaluation.evaluate import evaluate
-from finetune.evaluation.folds import POOLED, CrossValidation, FoldScore
+from finetune.evaluation.evaluate import POOLED, evaluate
+from finetune.evaluation.folds import CrossValidation, FoldScore
 from finetune.evaluation.predictions import Predictions, concatenate, read
 from finetune.runs.options import RunOptions
 from finetune.runs.outcome import Outcome

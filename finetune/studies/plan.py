@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from finetune.advice import for_python
 from finetune.data.dataset import Dataset
 from finetune.data.files import LocalFile
 from finetune.data.split import fold_datasets
+from finetune.doctor.finding import not_in
 from finetune.messages import plural
 from finetune.progress import ProgressCallback, silent
 from finetune.runs.estimate import Estimate, estimate, together
@@ -20,6 +22,7 @@ from finetune.runs.shared import Shared
 from finetune.spec import JobSpec, is_own_model, is_registered_model
 from finetune.storage.rundir import RunDir
 from finetune.studies.escalate import escalation
+from finetune.studies.examination import Examined
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class Plan:
     folds: tuple[Dataset, ...]  # for cross-validation: the dataset of each fold, with its train, val and test splits
     cost: Estimate  # of training alone
     whole_job: Forecast | None  # from the start to the registered model; None if the backbone cannot be measured
+    examined: Examined | None = None  # the findings about the images; None: they were not examined
 
     @property
     def deepest(self) -> Prepared:
@@ -38,7 +42,7 @@ class Plan:
         return self.candidates[-1]
 
     def __repr__(self) -> str:
-        """Return the plan in a few lines, for a prompt: methods, backbone, images, estimate, and warnings about the data."""
+        """Return the plan in a few lines, for a prompt: methods, backbone, images, estimate, and findings about the data."""
         resolved = self.deepest.resolved
         methods = " or ".join(candidate.resolved.recipe.method for candidate in self.candidates)
         images = ", ".join(f"{count:,} {split}" for split, count in resolved.dataset.sizes.items())
@@ -47,8 +51,15 @@ class Plan:
         lines = [
             f"Plan: {methods} on {resolved.backbone.name}{folds}, about {seconds:,.0f} s",
             f"{plural(len(resolved.dataset.classes), 'class')}; images: {images}",
-            *(f"note: {warning}" for warning in resolved.dataset.warnings),
         ]
+        if self.examined is None:
+            lines += [f"note: {for_python(warning)}" for warning in resolved.dataset.warnings]
+        else:
+            examination = self.examined.examination
+            found = [one for one in examination.findings if one.count]
+            lines += [f"note: {for_python(warning)}" for warning in not_in(examination, resolved.dataset.warnings)]
+            lines += [examination.summary, *(f"{one.severity}: {one.title}: {for_python(one.evidence)}" for one in found)]
+            lines += [f"page: {self.examined.page}"]
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:

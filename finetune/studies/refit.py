@@ -14,8 +14,8 @@ from finetune.runs.options import RunOptions
 from finetune.runs.outcome import Outcome
 from finetune.spec import JobSpec, parse_spec
 from finetune.storage.files import read_json
-from finetune.storage.rundir import RunDir
-from finetune.studies.study import Child, kept_run
+from finetune.storage.rundir import RunDir, kept_run
+from finetune.studies.study import Child
 
 CHOOSE, REFIT = "choose", "refit"
 

@@ -121,13 +121,6 @@ def record_kept(run: RunDir, name: str) -> None:
     write_json(run.study, {**read_json(run.study), "kept": name})
 
 
-def kept_run(run: RunDir) -> RunDir:
-    """Return the run whose weights a run or study keeps: a run itself, or the kept child of a study, through nested studies."""
-    if not run.study.exists():
-        return run
-    return kept_run(run.child(read_json(run.study)["kept"]))
-
-
 def titled(progress: ProgressCallback, title: str) -> ProgressCallback:
     """Return a callback that calls `progress` with the child's title before each message."""
 

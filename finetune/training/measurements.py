@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from finetune.data.dataset import Dataset, Sample, targets_of
 from finetune.evaluation import predictions as tables
+from finetune.evaluation.evaluate import POOLED
 from finetune.evaluation.predictions import Predictions, digests_as_rows
 from finetune.features.neighbours import nearest_training_images
 from finetune.storage.files import write_atomic
@@ -41,6 +42,26 @@ def write_sample_predictions(
         logits=logits,
     )
     tables.write(run.train_sample_at(step), table)
+
+
+def pool_neighbours(run: RunDir, folds: Sequence[RunDir]) -> None:
+    """Write the rows of the folds' tables that are of their test images into the study's ``neighbours.csv``, as `POOLED`.
+
+    Args:
+        run: the folder of the study.
+        folds: of each fold the run whose model was tested.
+    """
+    text = io.StringIO(newline="")
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(NEIGHBOURS_COLUMNS)
+    n_rows = 0
+    for table in (fold.neighbours for fold in folds if fold.neighbours.exists()):
+        of_fold = csv.reader(io.StringIO(table.read_bytes().decode("utf-8", "surrogateescape"), newline=""))
+        tested = [(POOLED, *row[1:]) for row in of_fold if row[0] == "test"]
+        rows.writerows(tested)
+        n_rows += len(tested)
+    if n_rows:
+        write_atomic(run.neighbours, lambda stream: stream.write(text.getvalue().encode("utf-8", "surrogateescape")))
 
 
 def write_neighbours(

@@ -17,7 +17,7 @@ from pathlib import Path
 from finetune.bundle.image import DECODER
 from finetune.data.check import append_note
 from finetune.data.dataset import Dataset, Sample
-from finetune.evaluation.folds import POOLED
+from finetune.evaluation.evaluate import POOLED
 from finetune.events import DataWarning
 from finetune.features.duplicates import compare_pictures
 from finetune.messages import natural_list, plural, printable

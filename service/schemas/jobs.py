@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
+from finetune.advice import for_http
 from finetune.jobs.job import Event, Job
 from finetune.storage.files import found_in, modified_ns
 from finetune.storage.journal import read_lines
@@ -215,7 +216,7 @@ def job_error(job: Job, within: Callable[[str], str]) -> JobError | None:
     if job.error_code is None:
         return None
     param = "training_file" if job.error_code in _ABOUT_THE_DATA else "model" if job.error_code in _ABOUT_THE_MODEL else None
-    return JobError(code=job.error_code, message=within(job.error_message or ""), param=param)
+    return JobError(code=job.error_code, message=for_http(within(job.error_message or "")), param=param)
 
 
 def _whole(seconds: float | None) -> int | None:

@@ -170,3 +170,45 @@ def test_spaces_around_a_class_name_are_told_and_kept_where_it_is_the_only_spell
     both = read("both", {None: {"cat": 2, "cat ": 3, "dog": 2}})
     assert both.counts() == {"all": {"cat": 5, "dog": 2}}
     assert "the labels 'cat', 'cat ' differ only in the spaces around them; all are 'cat' now" in both.warnings
+
+
+def test_several_tags_of_cvat_are_several_labels_and_an_image_without_tags_has_none(tmp_path: Path) -> None:
+    location = FORMATS["cvat"].write(tmp_path / "data", PLAIN)
+    file = location / "annotations.xml"
+    text = file.read_text(encoding="utf-8")
+    with_two = text.replace('<tag label="007"', '<tag label="outside"></tag><tag label="007"', 1)
+    file.write_text(with_two, encoding="utf-8")
+    dataset = index_dataset(location)
+    assert sorted(len(sample.labels) for sample in dataset.samples) == [1] * 11 + [2]
+    assert "outside" in dataset.classes
+
+
+@pytest.mark.parametrize(
+    ("start", "why"),
+    [
+        ('<!DOCTYPE a [<!ENTITY b "cat">]><annotations><image name="1.png"><tag label="&b;"/></image></annotations>', "DOCTYPE"),
+        ('<!DOCTYPE a SYSTEM "file:///etc/passwd"><annotations><image name="1.png"/></annotations>', "DOCTYPE"),
+        ('<annotations><image name="1.png"><tag label="cat"></annotations>', "is not XML"),
+        ('<annotations><image name="1.png"><tag label="&b;"/></image></annotations>', "is not XML"),
+        ('<?xml version="1.0" encoding="cp-none"?><annotations><image name="1"/></annotations>', "is not XML"),
+        ('<annotations><track id="0" label="cat"></track></annotations>', "export of a video"),
+    ],
+)
+def test_unsafe_and_broken_xml_is_refused_with_its_file(start: str, why: str, tmp_path: Path) -> None:
+    (tmp_path / "annotations.xml").write_text(start, encoding="utf-8")
+    with pytest.raises(DataError, match=rf"(?s)annotations\.xml: .*{why}"):
+        index_dataset(tmp_path)
+
+
+def test_a_spreadsheet_beside_images_is_named(tmp_path: Path) -> None:
+    location = FORMATS["class folders"].write(tmp_path / "data", PLAIN)
+    (location / "labels.xlsx").write_bytes(b"PK\x03\x04")
+    (warning,) = index_dataset(location).warnings
+    assert warning.startswith("labels.xlsx was left out, for spreadsheets are not read; if it names labels, save it as CSV")
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for number, image in enumerate(sorted(location.rglob("*.png"))):
+        (flat / f"{number}.png").write_bytes(image.read_bytes())
+    (flat / "labels.xlsx").write_bytes(b"PK\x03\x04")
+    with pytest.raises(DataError, match=r"labels\.xlsx: spreadsheets are not read\. Save the table as CSV"):
+        index_dataset(flat)

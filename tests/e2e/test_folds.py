@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -20,9 +21,9 @@ from tiny_runs import carry_out_at, tiny_spec, weights_of, write_stripes
 from finetune.bundle.manifest import read_manifest
 from finetune.cli import cli
 from finetune.errors import DataError
-from finetune.evaluation.evaluate import evaluate, read_evaluation
-from finetune.evaluation.folds import POOLED
+from finetune.evaluation.evaluate import POOLED, evaluate, read_evaluation
 from finetune.evaluation.predictions import concatenate, read
+from finetune.messages import duration
 from finetune.progress import Progress
 from finetune.runs.outcome import Outcome
 from finetune.spec import JobSpec
@@ -110,6 +111,13 @@ def test_the_final_model_is_fitted_on_every_image_and_says_what_its_figures_are_
     assert "How far to rely on an answer (cv)" in report
     assert "Cross-validation" in report
     assert "Expect top-1 accuracy" in report
+    assert "held out by fold 3" in report, "the images are those of the whole study"
+    asked = re.search(r"data\.folds</t[dh]>\s*<t[dh][^>]*>([^<]*)<", report)
+    assert asked is not None
+    assert asked[1] == "3", "the request is the study's, not that of the run that it keeps"
+    told = re.search(r"training, without cached features</t[dh]>\s*<t[dh][^>]*>([^<]*)<", report)
+    assert told is not None
+    assert told[1] == duration(outcome.cost["train_seconds"]), "the cost is that of the whole study"
     assert any(update.message.startswith("fold 2 of 3: ") for update in seen)
     assert outcome.n_train == 30
     bundles = sorted(path.parent.relative_to(run.root) for path in run.root.rglob("bundle.json"))
@@ -206,7 +214,7 @@ def test_a_killed_process_with_folds_resumes_to_the_same_bits(
 def test_check_refuses_more_folds_than_a_class_has_images_and_shows_the_folds_otherwise(pictures: Path) -> None:
     tiny = ["--model", "test_efficientnet", "--set", "model.weights=none", "--set", "model.input_size_px=64", "--json"]
     command = ["check", "--data", str(pictures), *tiny, "--folds"]
-    with pytest.raises(DataError, match=r"data\.folds: 11 does not fit .*class 'class0' has 10 distinct images.* 2 to 10 folds"):
+    with pytest.raises(DataError, match=r"data\.folds: 11 does not fit .*class 'class0' has 10 images.* --folds 10;"):
         CliRunner().invoke(cli, [*command, "11"], catch_exceptions=False, standalone_mode=False)
     shown = CliRunner().invoke(cli, [*command, "10"], catch_exceptions=False, standalone_mode=False)
     folds = json.loads(shown.stdout)["folds"]

@@ -18,8 +18,7 @@ from finetune.runs import prepare as prepare_module
 from finetune.runs.outcome import Outcome
 from finetune.spec import JobSpec
 from finetune.storage.files import read_json
-from finetune.storage.rundir import RunDir
-from finetune.studies.study import kept_run
+from finetune.storage.rundir import RunDir, kept_run
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 

@@ -13,7 +13,7 @@ from PIL import Image, ImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 from standin import PREPROCESS
 
-from finetune.bundle.image import decode_image, image_size
+from finetune.bundle.image import decode_image, header_size, image_size
 from finetune.bundle.image_formats import FORMATS, looks_like_image, sniff
 from finetune.bundle.image_limits import ImageLimits
 from finetune.errors import ImageError, ImageTooLarge, UnsupportedImage
@@ -221,3 +221,29 @@ def test_every_colour_of_a_wide_space_comes_out_as_its_definition_says() -> None
 )
 def test_a_file_without_an_ending_is_known_by_its_first_bytes(head: bytes, is_image: bool) -> None:
     assert looks_like_image(head) is is_image
+
+
+def _directory(*entries: tuple[int, int, int]) -> bytes:
+    """Return a TIFF without pixels, with one directory of these tags: number, type, value."""
+    body = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in entries)
+    return b"II*\0" + struct.pack("<IH", 8, len(entries)) + body + struct.pack("<I", 0)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"II*\0\x10\0\0\0CR\x02\0" + bytes(100),
+        b"IIRO\x08\0\0\0" + bytes(100),
+        b"IIU\0" + bytes(100),
+        b"FUJIFILMCCD-RAW 0201" + bytes(100),
+        b"\0\0\0\x18ftypcrx \0\0\0\x01crx isom" + bytes(100),
+        _directory((254, 4, 1), (330, 4, 8)),
+        _directory((50706, 1, 4)),
+        _directory((262, 3, 32803)),
+    ],
+    ids=["cr2", "orf", "rw2", "raf", "cr3", "nef", "dng", "sensor"],
+)
+def test_raw_files_of_cameras_are_named_with_what_to_do(data: bytes) -> None:
+    for read in (decode_image, header_size):
+        with pytest.raises(UnsupportedImage, match=r"raw file of a camera .*: export it as JPEG"):
+            read(data)

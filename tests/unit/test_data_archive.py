@@ -244,3 +244,10 @@ def test_an_archive_that_wants_too_much_memory_is_refused(tmp_path: Path, monkey
     with pytest.raises(ArchiveError):
         unpack_upload(tmp_path / "a.tar.gz", tmp_path / "dataset")
     assert not (tmp_path / "dataset").exists()
+
+
+def test_an_uploaded_spreadsheet_is_named_though_it_is_a_zip(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("xl/workbook.xml", "<workbook/>")
+    with pytest.raises(DataError, match=r"labels\.xlsx: spreadsheets are not read\. Save the table as CSV"):
+        unpack_upload(tmp_path / "a.zip", tmp_path / "dataset", filename="labels.xlsx")

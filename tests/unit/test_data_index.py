@@ -8,7 +8,7 @@ import unicodedata
 from pathlib import Path
 
 import pytest
-from folders import path_of, write_classes
+from folders import encoded, path_of, write_classes
 
 from finetune.data.dataset import Dataset
 from finetune.data.index import index_dataset
@@ -340,3 +340,21 @@ def test_many_classes_of_one_image_take_time_that_grows_with_their_number(tmp_pa
 
     n_calls(10)  # imports
     assert n_calls(400) < 3 * n_calls(200)
+
+
+@pytest.mark.parametrize("blank", ["\u00a0", "\u200b", "\u2060", "\u202f", "\u00ad"])
+def test_class_names_that_differ_in_characters_nobody_sees_are_one_class_and_it_is_said(blank: str, tmp_path: Path) -> None:
+    spaced = blank in "\u00a0\u202f"
+    plain, odd = ("red hat", f"red{blank}hat") if spaced else ("hat", f"hat{blank}")
+    labels = [plain, odd, "cat", "cat"]
+    for number in range(4):
+        (tmp_path / f"{number}.png").write_bytes(encoded(f"image {number}"))
+    rows = "".join(f"{number}.png,{label}\n" for number, label in enumerate(labels))
+    (tmp_path / "labels.csv").write_text(f"file_name,label\n{rows}", encoding="utf-8")
+    dataset = index_dataset(tmp_path / "labels.csv")
+    assert dataset.classes == ("cat", plain)
+    assert any("differ only in characters that nobody sees" in warning for warning in dataset.warnings), dataset.warnings
+    (tmp_path / "labels.csv").write_text(f"file_name,label\n{rows.replace(plain + chr(10), odd + chr(10))}", encoding="utf-8")
+    alone = index_dataset(tmp_path / "labels.csv")
+    assert alone.classes == ("cat", odd)
+    assert any("characters that nobody sees, kept as they are given" in warning for warning in alone.warnings), alone.warnings

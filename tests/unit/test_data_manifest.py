@@ -140,3 +140,12 @@ def test_the_commands_name_data_by_its_place_or_its_revision(tmp_path: Path, mon
     text = CliRunner().invoke(cli, ["data", "diff", revision[:10], str(root)], catch_exceptions=False).output
     assert "1 image removed" in text
     assert "a/0.png" in text
+
+
+@pytest.mark.parametrize("counts", [{"a": 3}, {"a": 3, "b": 1}])
+def test_data_that_training_refuses_is_not_shown_as_fit(counts: dict[str, int], tmp_path: Path) -> None:
+    root = write_classes(tmp_path / "data", counts)
+    with pytest.raises(DataError) as of_training:
+        index_dataset(root)
+    shown = CliRunner().invoke(cli, ["data", "show", str(root)])
+    assert str(shown.exception) == str(of_training.value)

@@ -11,9 +11,10 @@ import pytest
 from folders import encoded, local_sample, path_of, write_classes
 
 from finetune.data.check import check_images
-from finetune.data.dataset import Dataset
+from finetune.data.dataset import Dataset, Sample
+from finetune.data.files import LocalFile
 from finetune.data.index import index_dataset
-from finetune.data.split import leaked, read_split, recorded_sides, split_dataset, write_split
+from finetune.data.split import leaked, read_split, recorded_sides, refuse_impossible_folds, split_dataset, write_split
 from finetune.errors import DataChangedError, DataError
 
 
@@ -208,3 +209,17 @@ def test_where_a_single_image_of_a_class_is_left_to_train_on_folds_are_proposed(
     (said,) = divided(cat=40, newt=2)
     assert said == "only 1 image is left to train on: newt (of 2): add images, or merge classes"
     assert divided(cat=40, dog=30) == ()
+
+
+def test_impossible_folds_are_refused_from_the_listing_with_the_class_and_the_largest_number() -> None:
+    def listed(*counts: int) -> Dataset:
+        classes = tuple(f"class {label}" for label in range(len(counts)))
+        pairs = [(label, at) for label, count in enumerate(counts) for at in range(count)]
+        samples = tuple(Sample(f"{label}/{at}", LocalFile(Path(f"{label}/{at}")), label) for label, at in pairs)
+        return Dataset("data", "data", classes, samples)
+
+    refuse_impossible_folds(listed(9, 5), 5)
+    with pytest.raises(DataError, match=r"class 'class 1' has 4 images.* The largest number that works is --folds 4;"):
+        refuse_impossible_folds(listed(9, 4), 5)
+    with pytest.raises(DataError, match=r"class 'class 1' has 2 images.* No number of folds works with fewer than 3"):
+        refuse_impossible_folds(listed(9, 2), 3)

@@ -87,9 +87,9 @@ def test_rows_without_a_split_are_divided_where_only_test_images_are_named(tmp_p
     [
         (
             "file_name,kind,notes",
-            "no column for the label; name it with data.label_column (its columns are file_name, kind, notes)",
+            "no column for the label; name it with --set data.label_column=NAME (its columns are file_name, kind, notes)",
         ),
-        ("file,label,class", "several columns may hold the label: label, class; name it with data.label_column"),
+        ("file,label,class", "several columns may hold the label: label, class; name it with --set data.label_column=NAME"),
         ("file,label,label", "the column 'label' is there more than once"),
     ],
 )
@@ -118,8 +118,8 @@ def test_columns_are_found_by_what_is_in_them_and_then_that_is_said(tmp_path: Pa
     )
     dataset = index_dataset(table)
     assert labels_of(dataset) == ["a", "b", "a", "b"]
-    assert f"{table}: the column 'picture_of' names images; data.file_column names another" in dataset.understood
-    assert f"{table}: the column 'kind' was taken for the label; data.label_column names another" in dataset.understood
+    assert f"{table}: the column 'picture_of' names images; --set data.file_column=NAME names another" in dataset.understood
+    assert f"{table}: the column 'kind' was taken for the label; --set data.label_column=NAME names another" in dataset.understood
 
 
 def test_columns_are_those_that_were_named(tmp_path: Path) -> None:
@@ -149,7 +149,9 @@ def test_a_weight_column_that_nobody_named_is_said_and_not_used(tmp_path: Path) 
     text = rows_of("a,1", "b,2", "a,3", "b,4", header="file_name,label,Weight")
     dataset = index_dataset(write_table(tmp_path, text))
     assert {sample.weight for sample in dataset.samples} == {1.0}
-    assert any("the column 'Weight' is not used; with data.weight_column=Weight" in sentence for sentence in dataset.understood)
+    assert any(
+        "the column 'Weight' is not used; with --set data.weight_column=Weight" in sentence for sentence in dataset.understood
+    )
 
 
 def test_splits_of_another_name_ask_and_are_told(tmp_path: Path) -> None:
@@ -298,7 +300,7 @@ PLAIN = rows_of("a", "b", "a", "b", "a", "b")
             "single quotes around the cells",
             id="single quotes",
         ),
-        pytest.param(PLAIN.replace("file_name", "id").replace(".png", ""), "names images without their endings", id="ids"),
+        pytest.param(PLAIN.replace("file_name", "id").replace(".png", ""), "names images without endings", id="ids"),
     ],
 )
 def test_a_table_of_another_program_is_read_and_how_is_said(tmp_path: Path, table: str | bytes, said: str) -> None:
@@ -347,3 +349,28 @@ def test_a_file_of_another_kind_is_called_what_it_is(tmp_path: Path, name: str, 
 def test_archives_inside_a_folder_are_named(tmp_path: Path) -> None:
     (tmp_path / "cat.zip").write_bytes(b"PK\x03\x04")
     assert "archives inside are not opened, so unpack them first: cat.zip" in str(problems_of(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "header",
+    ["Bild,Kategorie,Aufteilung", "Dateiname,Klasse,Split", "Fichier,Étiquette,Répartition", "archivo,Categoría,conjunto"],
+)
+def test_columns_and_splits_in_other_languages_are_read_and_said(tmp_path: Path, header: str) -> None:
+    values = ("Training", "Validierung", "Pruefung" if "Split" in header else "Prüfung")
+    rows = "".join(f"images/{number}.png,{'ab'[number % 2]},{values[number // 2]}\n" for number in range(6))
+    dataset = index_dataset(write_table(tmp_path, f"{header}\n{rows}"))
+    assert dataset.sizes() == {"train": 2, "val": 2, "test": 2}
+    file, label, split = header.split(",")
+    assert any(f"images from {file!r}, labels from {label!r}, splits from {split!r}" in told for told in dataset.understood)
+
+
+def test_an_english_name_of_a_column_comes_first(tmp_path: Path) -> None:
+    rows = "".join(f"images/{number}.png,{'ab'[number % 2]},x,y\n" for number in range(4))
+    assert index_dataset(write_table(tmp_path, f"file_name,label,Kategorie,Foto\n{rows}")).classes == ("a", "b")
+
+
+def test_what_is_expected_is_not_said_of_a_table_that_is_there(tmp_path: Path) -> None:
+    write_table(tmp_path, "file_name,one,two\n" + "".join(f"images/{number}.png,{number},b\n" for number in range(4)))
+    with pytest.raises(DataError, match=r"no column for the label") as refused:
+        index_dataset(tmp_path)
+    assert "Expected" not in str(refused.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 from dataclasses import replace
@@ -24,10 +25,15 @@ from diagnosed import (
 )
 
 from finetune.errors import NotFound
+from finetune.evaluation import predictions as tables
 from finetune.evaluation.diagnose import Diagnosis, RunRecords, diagnose, diagnose_records
 from finetune.evaluation.diagnose.checks import CHECKS
 from finetune.evaluation.diagnose.finding import confidence
 from finetune.evaluation.diagnose.statistics import log_binomial_tail, mean_of, paired, share, slope
+from finetune.evaluation.predictions import Predictions
+from finetune.storage.files import write_json
+from finetune.storage.rundir import RunDir
+from finetune.training.measurements import NEIGHBOURS_COLUMNS, pool_neighbours
 
 
 def merged(n: int = 200) -> Any:
@@ -310,3 +316,49 @@ def test_pairs_are_formed_by_image() -> None:
     assert paired(first, answered(10, 1.0, prefix="other"), values, values) is None
     assert share(0, 20).error > 0
     assert mean_of(np.array([1.0, 3.0])).error == pytest.approx(1.0)
+
+
+def test_a_cross_validation_is_diagnosed_with_the_answers_and_the_copies_of_its_folds(tmp_path: Path) -> None:
+    study = RunDir(tmp_path / "study").create()
+    write_run(study.child("final").root, run_records(held_out={}, neighbours=[]))
+    write_json(study.study, {"kind": "folds", "children": ["final"], "kept": None})
+    assert diagnose(study.child("final").root).finding("leakage") is None
+    with pytest.raises(NotFound):
+        diagnose(study.root)  # undecided, so there is no run to diagnose
+    write_json(study.study, {"kind": "folds", "children": ["final"], "kept": "final"})
+    pooled = answered(200, 0.92, seed=1, prefix="val")
+    tables.write(study.predictions_of("cv"), replace(pooled, split="cv"))
+    fold = study.child("fold-1").create()
+    fold.measurements.mkdir(exist_ok=True)
+    rows = [(split, f"val-{number}", "ash", f"train-{number}", "ash", 0.8) for number in range(200) for split in ("val", "test")]
+    with open(fold.neighbours, "w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream).writerows([NEIGHBOURS_COLUMNS, *rows])
+    pool_neighbours(study, [fold])
+    copies = [{"split": "cv", "file": f"val-{number}", "copy_of": "train-0", "score": 0.99} for number in range(20)]
+    write_json(study.near_copies, {"candidates": 20, "compared": 20, "copies": copies})
+    found = diagnose(study.root).finding("leakage")
+    assert found is not None
+    assert found.sentence.startswith("20 of 200 cv images have a twin among the training images")
+    assert {one.code for one in diagnose(study.root).clear} >= {"collapsed_classes"}, "the answers of the folds are looked at"
+
+
+def test_a_label_that_is_never_given_is_a_problem_with_its_number_of_images() -> None:
+    targets = np.zeros((40, 3), np.uint8)
+    targets[:12, 0], targets[5:30, 1], targets[:4, 2] = 1, 1, 1
+    logits = np.where(targets, 3.0, -3.0).astype(np.float32)
+    ids, digests = tuple(map(str, range(40))), np.zeros((40, 32), np.uint8)
+    healthy = Predictions("val", "multilabel", ("a", "b", "c"), ids, digests, targets, logits)
+    multilabel = {**resolved(), "task": "multilabel"}
+
+    def of(table: Predictions) -> Diagnosis:
+        return diagnose_records(run_records(resolved=multilabel, samples={}, lines=[], neighbours=[], held_out={"val": table}))
+
+    assert of(healthy).finding("collapsed_classes") is None
+    logits[:, [0, 2]] = -3.0
+    found = of(replace(healthy, logits=logits)).finding("collapsed_classes")
+    assert found is not None
+    assert found.severity == "problem"
+    assert "gives no val image the label a, although 12 of 40 have it" in found.sentence, "four images of c are too few"
+    never = of(replace(healthy, logits=np.full_like(logits, -3.0))).finding("collapsed_classes")
+    assert never is not None
+    assert "a, b, although 12, 25 of 40 have them" in never.sentence

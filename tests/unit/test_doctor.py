@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pillow_heif
 import pytest
 from click.testing import CliRunner
+from folders import local_sample
 from numpy.typing import NDArray
 from PIL import Image
 from planted import CHANGES, copied, plant_copies, plant_wrong_labels, saved
@@ -453,3 +455,15 @@ def test_what_an_examination_says_is_not_said_a_second_time_with_the_plan(tmp_pa
     assert len(warnings) == 2, "the same photograph under two labels, and classes with few images"
     assert not_in(found, (*warnings, "photos: 1 file not named like an image")) == ["photos: 1 file not named like an image"]
     assert not_in(replace(found, findings=()), warnings) == list(warnings)
+
+
+def test_formats_that_pillow_alone_cannot_read_are_named_and_animations_are_said(tmp_path: Path) -> None:
+    frames = [Image.fromarray(np.random.default_rng(seed).integers(0, 256, (40, 40, 3), dtype=np.uint8)) for seed in range(3)]
+    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
+    frames[0].save(tmp_path / "moving.webp", save_all=True, append_images=frames[1:])
+    frames[1].save(tmp_path / "still.gif")
+    pillow_heif.from_pillow(frames[2]).save(tmp_path / "phone.heic")
+    names = ("moving.gif", "moving.webp", "still.gif", "phone.heic")
+    looks = look_at_all([replace(local_sample(tmp_path / name, 0), sha256=name) for name in names])
+    assert {name: look.animated for name, look in looks.items()} == dict(zip(names, (True, True, False, False), strict=True))
+    assert (looks["phone.heic"].format, looks["phone.heic"].mode) == ("HEIF", "")

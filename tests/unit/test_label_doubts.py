@@ -14,7 +14,7 @@ from tiny_runs import carry_out_at, tiny_spec, write_stripes
 
 from finetune.data.dataset import Dataset
 from finetune.doctor.examine import examine
-from finetune.doctor.labels import doubt_label_sets
+from finetune.doctor.labels import doubt_label_sets, doubt_labels
 from finetune.features.left_out import RIDGE, doubted_label_sets, doubted_labels, left_out_scores
 from finetune.storage.files import write_json
 from finetune.storage.journal import read_lines
@@ -191,3 +191,27 @@ def test_a_job_notes_them_in_its_events_result_and_report_and_its_answers_stay(
     without = carry_out_at(tmp_path, tiny_spec(pictures), plain)
     assert without.metrics == outcome.metrics
     assert run.predictions_of("test").read_bytes() == plain.predictions_of("test").read_bytes()
+
+
+def test_features_that_do_not_tell_the_classes_apart_give_no_list_and_it_is_said_why() -> None:
+    rng = np.random.default_rng(0)
+    samples = [replace(local_sample(Path(f"{row}"), int(row % 3)), sha256=f"{row:064x}", split="train") for row in range(150)]
+    blind = doubt_labels(samples, rng.normal(size=(150, 16)).astype(np.float32), 3)
+    assert blind is not None
+    assert blind.doubted == ()
+    assert blind.why_none == "is hardly better than always naming the largest class"
+    labels = np.arange(150) % 3
+    shown = np.where(rng.random(150) < 0.33, (labels + 1) % 3, labels)
+    half = doubt_labels(samples, (np.eye(3, 16)[shown] * 9 + rng.normal(size=(150, 16))).astype(np.float32), 3)
+    assert half is not None
+    assert half.doubted == ()
+    assert "too many to be mistakes" in half.why_none
+    few = labels.copy()
+    few[:6] = (few[:6] + 1) % 3
+    sound = doubt_labels(samples, (np.eye(3, 16)[few] * 9 + rng.normal(size=(150, 16))).astype(np.float32), 3)
+    assert sound is not None
+    assert (set(sound.doubted), sound.why_none) == (set(range(6)), "")
+    dataset = Dataset("data", "data", CLASSES, tuple(samples))
+    findings = {one.kind: one for one in examine(dataset, rng.normal(size=(150, 16)).astype(np.float32), backbone="x").findings}
+    assert "hardly better than always naming the largest class" in findings["labels_not_judged"].evidence
+    assert "label_errors" not in findings

@@ -14,6 +14,7 @@ from PIL import Image
 from planted import saved
 from tiny_runs import carry_out_at, shared_at, tiny_spec
 
+from finetune.api.run import Run
 from finetune.data.check import check_images
 from finetune.data.dataset import Dataset
 from finetune.data.index import index_dataset
@@ -149,6 +150,8 @@ def test_cross_validation_gives_the_figures_without_the_copies_beside_the_others
     assert near_copies_in(run) == {"cv": apart}
     judged = read_evaluation(run.evaluation).evaluations
     assert (judged["cv"].n, judged["cv_unseen"].n) == (52, 52 - len(apart))
+    assert len(Run(outcome.run).predictions("cv_unseen")) == 52 - len(apart)
+    assert "Most confident mistakes (cv)" not in (outcome.run / "report.html").read_text(encoding="utf-8")
     assert outcome.metrics["cv_unseen/n"] == 52 - len(apart)
     assert outcome.cross_validation is not None
     folds = outcome.cross_validation["folds"]
@@ -171,6 +174,7 @@ def test_a_job_gives_the_figures_without_the_copies_beside_the_others(tmp_path: 
     assert near_copies_in(run) == {"test": copies}
     judged = read_evaluation(run.evaluation).evaluations
     assert (judged["test"].n, judged["test_unseen"].n) == (19, 16)
+    assert len(Run(outcome.run).predictions("test_unseen")) == 16
     assert outcome.metrics["test_unseen/n"] == 16
     (said,) = [one for one in outcome.warnings if one.startswith("Near duplicates of training images: 3 test images")]
     page = run.report.read_text()

@@ -177,3 +177,10 @@ def test_threads_are_the_cores_unless_they_are_given() -> None:
     assert resolve_compute(spec, "cpu", 6) == Compute("cpu", "auto", 6)
     given = parse_spec({"training_file": "photos", "compute": {"threads": 3, "precision": "float32"}})
     assert resolve_compute(given, "cpu", 6) == Compute("cpu", "float32", 3)
+
+
+@pytest.mark.parametrize(("asked", "said"), [("", False), ("2", False), ("1", True)])
+def test_a_number_of_threads_that_has_no_effect_is_said(asked: str, said: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    why = resolve(parse_spec({"training_file": "photos"}), dataset_of(), BACKBONE, COMPUTE).sources["compute.threads"]
+    assert ("compute.threads sets it, OMP_NUM_THREADS=1 does not" in why) == said

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import socket
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -233,9 +235,26 @@ def test_a_plan_at_a_python_prompt_is_a_few_lines(tmp_path: Path) -> None:
     root = write_classes(tmp_path / "data", {"a": 6, "b": 6})
     tiny = {"model.backbone": "test_efficientnet", "model.weights": "none", "model.input_size_px": 64}
     plan = finetune.check(root, folds=3, settings=tiny, workspace=tmp_path / "home", progress=False)
-    first, second, *notes = repr(plan).splitlines()
+    first, second, *notes, page = repr(plan).splitlines()
     assert first.startswith("Plan: linear_probe on test_efficientnet, 3 folds, about ")
     assert second.startswith("2 classes; images: ")
-    assert all(note.startswith("note: ") for note in notes)
+    assert any(line.startswith("Found in 12 images: ") for line in notes), "it examines the images, as the command does"
+    assert all(re.match("(note|problem|doubt|Found in .*): ", line) for line in notes)
+    assert plan.examined is not None
+    assert page == f"page: {plan.examined.page}"
+    assert finetune.check(root, quick=True, settings=tiny, workspace=tmp_path / "home", progress=False).examined is None
     with pytest.raises(finetune.FinetuneError, match="no such"):
         finetune.check(tmp_path / "nothing", progress=False)
+
+
+def test_warnings_of_pillow_are_not_shown_on_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def decode(**_: object) -> None:
+        warnings.warn_explicit("Palette images with Transparency", UserWarning, "PIL/Image.py", 1134, module="PIL.Image")
+        warnings.warn_explicit("something else", UserWarning, "finetune/x.py", 1, module="finetune.x")
+
+    monkeypatch.setattr(finetune.cli.cli, "main", decode)
+    monkeypatch.setattr(finetune.cli, "skip_final_collection", lambda: None)
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        finetune.cli.main()
+    assert [str(one.message) for one in shown] == ["something else"]

@@ -20,7 +20,7 @@ from finetune.data.index import index_dataset
 from finetune.errors import DataError, InvalidInput
 from finetune.labelling.choose import choose, label_margins, label_uncertainty, margins
 from finetune.labelling.page import write_suggestions
-from finetune.labelling.suggest import Suggestions, suggest
+from finetune.labelling.suggest import Suggestions, _reason, suggest
 from finetune.storage.files import sha256_file
 
 
@@ -230,3 +230,25 @@ def test_suggestions_of_a_model_with_several_labels_hold_all_that_it_predicts(po
     answers = [[result["value"]["choices"] for result in task["predictions"][0]["result"]] for task in tasks]
     assert answers == [[list(one.given)] if one.given else [] for one in found.chosen]
     assert ET.fromstring(paths["labelling_page"].read_text(encoding="utf-8")).find("Choices").get("choice") == "multiple"  # type: ignore[union-attr]
+
+
+def test_pictures_of_one_colour_are_not_suggested(bundle: Path, tmp_path: Path) -> None:
+    photographs(tmp_path / "pool", 6)
+    for name, grey in (("black.png", 0), ("white.png", 255), ("grey.png", 90)):
+        Image.new("RGB", (160, 120), (grey,) * 3).save(tmp_path / "pool" / name)
+    found = suggest(bundle, [tmp_path / "pool"], 9)
+    assert {Path(one.file).name for one in found.chosen} == {f"{number:02d}.png" for number in range(6)}
+    assert found.blank == 3
+    assert "3 files: one colour throughout, so there is nothing to label" in found.left_out
+    assert found.to_dict()["left_out"]["blank"] == 3
+    for picture in (tmp_path / "pool").glob("0*.png"):
+        picture.unlink()
+    with pytest.raises(DataError, match="nothing to label"):
+        suggest(bundle, [tmp_path / "pool"], 9)
+
+
+@pytest.mark.parametrize(
+    ("stands_for", "said"), [(1, "unlike the others"), (2, "1 picture that was not"), (3, "2 pictures that were not")]
+)
+def test_a_reason_agrees_in_number(stands_for: int, said: str) -> None:
+    assert said in _reason(("a", "b"), (0.6, 0.4), stands_for, exclusive=True)

@@ -21,7 +21,8 @@ from finetune.naming import without_archive_ending
 from finetune.storage.addresses import is_uri
 from finetune.storage.store import mark_used
 
-_SPREADSHEETS = (".xlsx", ".xlsm", ".xls", ".ods", ".numbers")
+SPREADSHEETS = (".xlsx", ".xlsm", ".xls", ".ods", ".numbers")
+NO_SPREADSHEETS = "spreadsheets are not read. Save the table as CSV (UTF-8) beside the images"
 _WHAT_IS_READ = "Give a folder with one folder of images per class, an archive of one, or a table that names images"
 
 
@@ -56,8 +57,8 @@ def open_place(location: Path | str, reading: Reading) -> Place:
             f"{printable(path)}: is a single picture. {_WHAT_IS_READ}. To label a picture with a trained model: "
             f"finetune predict {shlex.quote(printable(path))} --model NAME"
         )
-    if path.suffix.lower() in _SPREADSHEETS:
-        raise DataError(f"{printable(path)}: spreadsheets are not read. Save the table as CSV (UTF-8) beside the images")
+    if path.suffix.lower() in SPREADSHEETS:
+        raise DataError(f"{printable(path)}: {NO_SPREADSHEETS}")
     try:
         kind = kind_of_file(path)
     except OSError as error:

@@ -6,6 +6,7 @@ from finetune.data.places.tree import Place
 from finetune.data.reading import Reading
 from finetune.data.sources.class_folders import ClassFoldersSource
 from finetune.data.sources.coco import CocoSource
+from finetune.data.sources.cvat import CvatSource
 from finetune.data.sources.imagenet_text import ImagenetTextSource
 from finetune.data.sources.label_studio import LabelStudioSource
 from finetune.data.sources.metadata import MetadataSource
@@ -18,6 +19,7 @@ SOURCES: tuple[Source, ...] = (
     SavedDatasetSource(),
     CocoSource(),
     LabelStudioSource(),
+    CvatSource(),
     ImagenetTextSource(),
     MetadataSource(),
     ClassFoldersSource(),

@@ -69,6 +69,8 @@ def _what_it_is(node: Node) -> str:
     known = next((what for start, what in _OTHER_FILES.items() if head.startswith(start)), None)
     if known is None and node.suffix == ".json":
         known = "JSON of an unknown form: COCO and Label Studio exports are read, and JSON lines (.jsonl), one object per line"
+    if known is None and node.suffix == ".xml":
+        known = 'XML of an unknown form: of XML, exports "CVAT for images 1.1" are read'
     return f"; it is {known}" if known else ""
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from finetune.data.notes import Notes
 from finetune.data.reading import Columns, Reading
-from finetune.data.splits_by_name import split_meaning
+from finetune.data.splits_by_name import split_meaning, without_accents
 from finetune.data.tables import Cell, Table
 from finetune.errors import did_you_mean
 from finetune.messages import natural_list
@@ -20,6 +20,26 @@ _FILE = (
 _LABEL = ("label", "labels", "class", "classes", "class_name", "classname", "category", "target", "tag", "tags", "choice")
 _SPLIT = ("split", "subset", "partition", "set", "usage", "phase")
 _GROUP = ("group", "group_id", "groups")
+_IN_OTHER_LANGUAGES = {
+    _FILE: """
+        bild bilder bilddatei bildname bildpfad datei dateiname dateipfad pfad foto fotos fichier nom_fichier nom_du_fichier
+        chemin archivo nombre_archivo imagen ruta fichero arquivo nome_arquivo imagem caminho nome_file immagine percorso bestand
+        bestandsnaam afbeelding plik nazwa_pliku obraz zdjecie sciezka soubor obrazek fil bildfil filnavn billede dosya resim
+        файл имя_файла изображение картинка фото путь 画像 画像名 ファイル ファイル名 パス 图片 图像 文件 文件名 路径 圖片 檔案
+        이미지 파일 파일명
+    """,
+    _LABEL: """
+        kategorie kategorien klasse klassen klassenname etikett etiketten beschriftung bezeichnung categorie classe etiquette
+        clase categoria etiqueta rotulo etichetta klasa kategoria etykieta trida klass kategori sinif etiket класс категория метка
+        クラス カテゴリ カテゴリー ラベル 类别 标签 分类 類別 標籤 分類 라벨 레이블 클래스 범주
+    """,
+    _SPLIT: """
+        aufteilung teilmenge teil menge satz datensatz repartition ensemble jeu sous_ensemble division conjunto subconjunto
+        particion particao insieme suddivisione sottoinsieme podzial zbior verdeling deelverzameling выборка разбиение
+        分割 区分 集合 划分 数据集 분할 구분
+    """,
+    _GROUP: "gruppe gruppen groupe grupo gruppo grupa группа グループ 组 그룹",
+}  # without accents; used where no column has an English name
 _FLAGS_OF_VAL = ("is_valid", "is_val", "is_validation")
 TRUE, FALSE = frozenset({"true", "1", "yes"}), frozenset({"false", "0", "no"})
 _ZERO_OR_ONE = frozenset({"0", "1", "0.0", "1.0", "true", "false"})
@@ -88,6 +108,10 @@ def find_columns(
     return Found(file, label, split, group, weight, flags_val=flag is not None)
 
 
+def _plain(column: str) -> str:
+    return without_accents(column.strip().casefold()).replace(" ", "_").replace("-", "_")
+
+
 class _Chooser:
     def __init__(self, table: Table, shown: str, asked: Columns, notes: Notes) -> None:
         self.table, self.shown, self.asked, self.notes = table, shown, asked, notes
@@ -109,15 +133,22 @@ class _Chooser:
         self.failed = True
         self.notes.problem(self.shown, f"{message} (its columns are {natural_list(self.table.columns, 20)})")
 
-    def aliases(self, names: Sequence[str]) -> list[str]:
-        """Return the columns that have one of these names; case is ignored."""
-        return [column for column in self.table.columns if column.strip().casefold().replace(" ", "_") in names]
+    def aliases(self, names: tuple[str, ...]) -> list[str]:
+        """Return the columns with one of these names; where there is none, those with one of them in another language.
 
-    def alias(self, names: Sequence[str], what: str, *, said: bool) -> str | None:
+        Case, accents, and spaces or dashes for ``_`` are ignored.
+        """
+        foreign = _IN_OTHER_LANGUAGES.get(names, "").split()
+        found = [column for column in self.table.columns if _plain(column) in names]
+        return found or [column for column in self.table.columns if _plain(column) in map(without_accents, foreign)]
+
+    def alias(self, names: tuple[str, ...], what: str, *, said: bool) -> str | None:
         """Return the column with one of these names if there is exactly one, else None."""
         found = self.aliases(names)
         if len(found) == 1 and said and found[0] != what:
-            self.notes.say(f"{self.shown}: the column {found[0]!r} was taken for the {what}; data.{what}_column names another")
+            self.notes.say(
+                f"{self.shown}: the column {found[0]!r} was taken for the {what}; --set data.{what}_column=NAME names another"
+            )
         return found[0] if len(found) == 1 else None
 
     def file(self, sample: Sequence[object], is_file: Callable[[Cell], bool], is_stem: Callable[[Cell], bool]) -> str | None:
@@ -131,16 +162,16 @@ class _Chooser:
         holding = [column for column in candidates if _mostly(sample, column, is_file)]
         if len(holding) == 1:
             if not by_name:
-                self.notes.say(f"{self.shown}: the column {holding[0]!r} names images; data.file_column names another")
+                self.notes.say(f"{self.shown}: the column {holding[0]!r} names images; --set data.file_column=NAME names another")
             return holding[0]
         stems = [column for column in self.aliases(_IDS) if _mostly(sample, column, is_stem)] if not (holding or by_name) else []
         if len(stems) == 1:
             self.notes.say(
-                f"{self.shown}: the column {stems[0]!r} names images without their endings; data.file_column names another"
+                f"{self.shown}: the column {stems[0]!r} names images without endings; --set data.file_column=NAME names another"
             )
             return stems[0]
         which = f"several columns may hold the image file: {natural_list(holding or by_name)}" if holding or by_name else None
-        self.problem(f"{which or 'no column for the image file'}; name it with data.file_column")
+        self.problem(f"{which or 'no column for the image file'}; name it with --set data.file_column=NAME")
         return None
 
     def label(self, taken: set[str | None], sample: Sequence[object], *, needed: bool) -> str | None:
@@ -150,7 +181,9 @@ class _Chooser:
             return by_name[0]
         left = [column for column in self.table.columns if column not in taken and column]
         if not by_name and len(left) == 1:
-            self.notes.say(f"{self.shown}: the column {left[0]!r} was taken for the label; data.label_column names another")
+            self.notes.say(
+                f"{self.shown}: the column {left[0]!r} was taken for the label; --set data.label_column=NAME names another"
+            )
             return left[0]
         if self.failed or not (needed or by_name):
             return None
@@ -160,9 +193,9 @@ class _Chooser:
         if len(flags) > 1 and not by_name:
             hint = (
                 f". {natural_list(flags)} hold 0 and 1, as if each were a label; write the names of an image's labels into one "
-                "column instead, separated by | (data.label_separator)"
+                "column instead, separated by | (--set 'data.label_separator=|')"
             )
-        self.problem(f"{which}; name it with data.label_column{hint}")
+        self.problem(f"{which}; name it with --set data.label_column=NAME{hint}")
         return None
 
     def split(self, reading: Reading, file: str | None) -> str | None:
@@ -176,7 +209,9 @@ class _Chooser:
             meanings = [split_meaning(value, reading.splits) for value in values]
             are_certain = all(meaning is not None and meaning.certain for meaning in meanings)
             if values and (are_certain or len({meaning and meaning.split for meaning in meanings} - {None}) == len(values) > 1):
-                self.notes.say(f"{self.shown}: the column {column!r} was taken for the split; data.split_column names another")
+                self.notes.say(
+                    f"{self.shown}: the column {column!r} was taken for the split; --set data.split_column=NAME names another"
+                )
                 return column
         return None
 
@@ -196,14 +231,14 @@ class _Chooser:
         self.notes.say(f"{self.shown}: {told}")
         if group is None and (perhaps := self.aliases(_PERHAPS_GROUPS)):
             self.notes.say(
-                f"{self.shown}: if {perhaps[0]!r} says which images belong together, data.group_column={perhaps[0]} keeps them "
-                "on one side of the split"
+                f"{self.shown}: if {perhaps[0]!r} says which images belong together, --set data.group_column={perhaps[0]} "
+                "keeps them on one side of the split"
             )
         unused = [column for column in self.aliases(_PERHAPS_WEIGHTS) if column not in used.values()]
         if weight is None and unused:
             self.notes.say(
-                f"{self.shown}: the column {unused[0]!r} is not used; with data.weight_column={unused[0]} each image counts that "
-                "much in training"
+                f"{self.shown}: the column {unused[0]!r} is not used; with --set data.weight_column={unused[0]} each image "
+                "counts that much in training"
             )
 
 

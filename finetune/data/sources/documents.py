@@ -1,4 +1,4 @@
-"""Find annotation files in JSON where tools put them, and read each once."""
+"""Find annotation files in JSON or XML where tools put them, and read each once."""
 
 from __future__ import annotations
 
@@ -20,28 +20,33 @@ _ANNOTATION_FOLDERS = ("annotations", "annotation", "labels")
 
 
 def json_files(place: Place) -> Iterator[Node]:
-    """Yield the JSON files that may describe a place: the given one, else those beside the images of each split."""
+    """Yield the JSON files that may describe a place; see `annotation_files`."""
+    return annotation_files(place, ".json")
+
+
+def annotation_files(place: Place, suffix: str) -> Iterator[Node]:
+    """Yield the files with this suffix that may describe a place: the given one, else those beside the images of each split."""
     if place.focus is not None:
-        if place.focus.suffix == ".json":
+        if place.focus.suffix == suffix:
             yield place.focus
         return
     whole = place.tree.root()
     root = without_wrapping(whole, Reading())
     for folder in [whole] if root is whole else [whole, root]:
-        yield from _json_in(folder)
+        yield from _files_in(folder, suffix)
         for inner in folder.folders:
             if inner.name.casefold() in _ANNOTATION_FOLDERS or split_meaning(inner.name, {}) is not None:
-                yield from _json_in(inner)
+                yield from _files_in(inner, suffix)
 
 
-def _json_in(folder: Folder) -> Iterator[Node]:
-    yield from (node for node in folder.files if node.suffix == ".json")
+def _files_in(folder: Folder, suffix: str) -> Iterator[Node]:
+    yield from (node for node in folder.files if node.suffix == suffix)
 
 
 def mentions(node: Node, *words: bytes) -> bool:
     """Return whether a file's text contains all of these words, which is faster than parsing it."""
     try:
-        text = _bytes_of(node)
+        text = bytes_of(node)
     except DataError:
         return False
     return all(word in text for word in words)
@@ -54,14 +59,19 @@ def read_document(node: Node) -> Any:
         DataError: it is not JSON.
     """
     try:
-        return json.loads(_bytes_of(node))
+        return json.loads(bytes_of(node))
     except RecursionError:
         raise DataError(f"{printable(node.path)}: is nested too deeply") from None
     except ValueError as error:
         raise DataError(f"{printable(node.path)}: is not JSON: {error}") from None
 
 
-def _bytes_of(node: Node) -> bytes:
+def bytes_of(node: Node) -> bytes:
+    """Return the content of a file, which is read once.
+
+    Raises:
+        DataError: it cannot be read.
+    """
     return _cached_bytes(_Key(node))
 
 

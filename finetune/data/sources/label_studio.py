@@ -154,7 +154,9 @@ def _control(tasks: Sequence[_Task], shown: str, reading: Reading, notes: Notes)
     if not controls:
         notes.problem(shown, "no task has a choice, which would be its label")
     else:
-        notes.problem(shown, f"several controls were answered: {natural_list(controls)}; name one with data.label_column")
+        notes.problem(
+            shown, f"several controls were answered: {natural_list(controls)}; name one with --set data.label_column=NAME"
+        )
     return None
 
 

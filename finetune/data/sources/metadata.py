@@ -69,7 +69,9 @@ class MetadataSource:
 
         if tables:
             names = natural_list(printable(table.node.path) for table in tables)
-            notes.say(f"{names} has no column of labels, so folder names are the labels; data.label_column names a column")
+            notes.say(
+                f"{names} has no column of labels, so folder names are the labels; --set data.label_column=NAME names a column"
+            )
         return ClassFoldersSource().read(place, reading, notes)
 
 

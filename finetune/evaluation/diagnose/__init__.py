@@ -43,9 +43,13 @@ def diagnose_records(records: RunRecords) -> Diagnosis:
     )
 
 
-def write_diagnosis(run: RunDir) -> Diagnosis:
-    """Diagnose a finished run, write ``diagnosis.json`` and record the findings as an event."""
-    found = diagnose(run.root)
+def write_diagnosis(run: RunDir, study: RunDir | None = None) -> Diagnosis:
+    """Diagnose a finished run, write ``diagnosis.json`` and record the findings as an event.
+
+    Args:
+        study: the study that keeps the run, whose records are diagnosed with those of the run.
+    """
+    found = diagnose((study or run).root)
     write_json(run.diagnosis, found.to_dict())
     run.record(Diagnosed(found.sentence, [finding.code for finding in found.problems]))
     return found

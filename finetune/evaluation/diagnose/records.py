@@ -19,15 +19,16 @@ from numpy.typing import NDArray
 
 from finetune.errors import NotFound
 from finetune.evaluation import predictions as tables
+from finetune.evaluation.evaluate import POOLED
 from finetune.evaluation.predictions import Predictions
 from finetune.metrics import Metric
 from finetune.storage.files import read_json
 from finetune.storage.journal import read_lines
-from finetune.storage.rundir import RunDir
+from finetune.storage.rundir import RunDir, kept_run
 from finetune.tasks import Task, task_named
 
 HEAD = "head"
-HELD_OUT_SPLITS = ("test", "val")  # the more independent split first
+HELD_OUT_SPLITS = (POOLED, "test", "val")  # the more independent split first
 
 Curve = list[tuple[float, float]]  # (epoch or step, value)
 
@@ -57,31 +58,39 @@ class RunRecords:
     preprocessing: Mapping[str, Any] | None
     outcome: Mapping[str, Any] | None
     error: Mapping[str, Any] | None
+    copies: frozenset[tuple[str, str]] = frozenset()  # split and id of held-out images that are near duplicates, pixel by pixel
     against: RunRecords | None = field(default=None, repr=False)  # a run to compare with: shallower, or with more frozen stages
 
     @classmethod
     def read(cls, folder: Path, against: RunRecords | None = None) -> RunRecords:
-        """Read the folder of a run.
+        """Read the folder of a run or study.
+
+        Of a study, the records are those of the run that it keeps. A cross-validation adds the answers of its folds to the
+        images that they held out, as the split `POOLED`, and the nearest training images that the folds found for these.
 
         Raises:
             NotFound: it is not the folder of a run, or the run has not written its plan yet.
         """
-        run = RunDir(folder.absolute())
+        whole = RunDir(folder.absolute())
+        run = kept_run(whole)
         if not run.resolved.exists() and not run.error.exists():
             raise NotFound(
                 f"{folder}: not the folder of a run that has begun to train (it has no resolved.json). Give a folder in "
                 ".finetune/runs, such as the one that finetune train named at its end"
             )
+        of_folds = whole.predictions_of(POOLED)
+        held_out = [*sorted(run.predictions.glob("*.npz")), *([of_folds] if whole != run and of_folds.exists() else [])]
         return cls(
-            run=run,
+            run=whole,
             resolved=_json(run.resolved) or {},
             lines=read_lines(run.metrics),
             samples=_samples(run),
-            held_out={path.stem: tables.read(path) for path in sorted(run.predictions.glob("*.npz"))},
-            neighbours=_neighbours(run.neighbours),
+            held_out={path.stem: tables.read(path) for path in held_out},
+            neighbours=_neighbours(run.neighbours) + (_neighbours(whole.neighbours) if whole != run else []),
             preprocessing=_json(run.preprocessing),
             outcome=_json(run.outcome),
             error=_json(run.error),
+            copies=_copies(run.near_copies) | (_copies(whole.near_copies) if whole != run else frozenset()),
             against=against,
         )
 
@@ -222,6 +231,10 @@ def _samples(run: RunDir) -> dict[int, Predictions]:
     """Return the tables of the training sample by step, without those whose logits are not finite (a diverged run)."""
     found = {int(path.stem.rpartition("-")[2]): tables.read(path) for path in sorted(run.measurements.glob("train-step-*.npz"))}
     return {step: table for step, table in found.items() if np.isfinite(table.logits).all()}
+
+
+def _copies(path: Path) -> frozenset[tuple[str, str]]:
+    return frozenset((one["split"], one["file"]) for one in (_json(path) or {}).get("copies", ()))
 
 
 def _neighbours(path: Path) -> list[Neighbour]:

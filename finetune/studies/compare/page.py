@@ -17,9 +17,8 @@ from finetune.evaluation.predictions import Predictions
 from finetune.report.comparison_page import ComparisonPage, Disputed, render_comparison
 from finetune.storage.files import write_atomic
 from finetune.storage.journal import read_lines
-from finetune.storage.rundir import RunDir
+from finetune.storage.rundir import RunDir, kept_run
 from finetune.studies.compare.result import ArmRuns, Comparison
-from finetune.studies.study import kept_run
 from finetune.tasks import task_named
 
 SHOWN_DISPUTED = 12

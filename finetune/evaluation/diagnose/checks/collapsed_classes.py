@@ -10,6 +10,7 @@ from finetune.evaluation.diagnose.checks.underfitting import still_falling
 from finetune.evaluation.diagnose.finding import CheckOutcome, Clear, Evidence, Finding, NotChecked, confidence
 from finetune.evaluation.diagnose.harm import harm_of
 from finetune.evaluation.diagnose.records import RunRecords
+from finetune.evaluation.predictions import Predictions
 from finetune.messages import natural_list
 
 FEWEST_IMAGES = 5  # of a class
@@ -28,8 +29,10 @@ class CollapsedClasses:
 
     def check(self, records: RunRecords) -> CheckOutcome:
         held_out = records.most_independent
-        if held_out is None or not records.task.exclusive:
-            return NotChecked(self.code, self.title, "needs predictions on val or test, with one label per image")
+        if held_out is None:
+            return NotChecked(self.code, self.title, "needs predictions on val or test")
+        if not records.task.exclusive:
+            return self._check_labels(records, *held_out)
         harm = harm_of(records)
         if harm is not None and harm.kind != "worse":
             return NotChecked(self.code, self.title, "the network has learnt next to nothing, so it cannot have lost a class")
@@ -75,6 +78,36 @@ class CollapsedClasses:
                 "more images of these classes, or equal weights for all classes, where they are few",
             ),
             "per-class recall and its mean: Brodersen et al. 2010, The balanced accuracy and its posterior distribution",
+        )
+
+    def _check_labels(self, records: RunRecords, split: str, table: Predictions) -> CheckOutcome:
+        """Look for labels that no image is given, although images have them, where an image may have any number of labels."""
+        thresholds = 0.0 if table.thresholds is None else table.thresholds
+        given, true = (table.logits >= thresholds).sum(axis=0), np.asarray(table.labels).sum(axis=0)
+        figure = f"{int(((given > 0) & (true > 0)).sum())} of {int((true > 0).sum())} labels are given"
+        lost = [int(index) for index in np.flatnonzero((given == 0) & (true >= FEWEST_IMAGES))]
+        if not lost:
+            return Clear(self.code, self.title, figure)
+        names = [table.classes[index] for index in lost]
+        return Finding(
+            self.code,
+            self.title,
+            "problem",
+            confidence(float(true[lost].max()) / FEWEST_IMAGES),
+            f"it gives no {split} image the label {natural_list(names)}, although "
+            f"{natural_list([f'{true[index]:,}' for index in lost])} of {len(table):,} have {'it' if len(lost) == 1 else 'them'}",
+            (
+                *(
+                    Evidence(f"images given {table.classes[index]}", f"0, where {true[index]:,} have it", "about as many")
+                    for index in lost[:5]
+                ),
+                Evidence("training images with these labels", self._trained_on(records, names)),
+            ),
+            (
+                "see whether the training labels are what they should be",
+                "more images with these labels, or weights for them (data.class_weights: balanced), where they are few",
+            ),
+            "a label that is never given has recall and F1 of 0, which an average over labels hides",
         )
 
     def _trained_on(self, records: RunRecords, names: list[str]) -> str:

@@ -14,7 +14,10 @@ SHOWN = 3
 
 
 class Leakage:
-    """Compares frozen features, so that it also finds copies that were scaled, cropped or compressed again."""
+    """Compares frozen features, so that it also finds copies that were scaled, cropped or compressed again.
+
+    Images that were compared pixel by pixel and found to be copies (``near_copies.json``) count as well.
+    """
 
     code = "leakage"
     title = "Leakage between splits"
@@ -31,7 +34,10 @@ class Leakage:
             return NotChecked(
                 self.code, self.title, f"fewer than {FEWEST_TRAINING_IMAGES} training images have no fifth nearest to speak of"
             )
-        twins = {split: [one for one in found if one.ratio < TWIN] for split, found in known.items()}
+        twins = {
+            split: [one for one in found if one.ratio < TWIN or (split, one.id) in records.copies]
+            for split, found in known.items()
+        }
         chances = {split: log_binomial_tail(len(found), len(twins[split]), ORDINARY_SHARE) for split, found in known.items()}
         worst = min(chances, key=lambda split: chances[split])
         n, n_twins = len(known[worst]), len(twins[worst])
@@ -56,7 +62,7 @@ class Leakage:
     def _evidence(self, records: RunRecords, split: str, all_of: list[Neighbour], twins: list[Neighbour]) -> list[Evidence]:
         found = [
             Evidence(
-                f"{split} images that are much nearer to one training image than to four others",
+                f"{split} images that are near duplicates, or much nearer to one training image than to four others",
                 f"{len(twins)} of {len(all_of)}",
                 f"about {ORDINARY_SHARE:.0%}",
             )

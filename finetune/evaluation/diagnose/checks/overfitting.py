@@ -14,6 +14,7 @@ from finetune.evaluation.diagnose.checks.degradation import Degradation
 from finetune.evaluation.diagnose.finding import CheckOutcome, Clear, Evidence, Finding, NotChecked, confidence
 from finetune.evaluation.diagnose.records import RunRecords
 from finetune.evaluation.diagnose.statistics import Mean, mean_of, ratio
+from finetune.evaluation.evaluate import POOLED
 
 GAP = 0.15  # of the headline metric, between training and held-out images
 LARGE_GAP = 0.25
@@ -103,7 +104,7 @@ def held_out_score(records: RunRecords) -> tuple[str, Mean] | None:
         p = min(max(last[1], 0.0), 1.0)
         q = (p * n_val + 2) / (n_val + 4)
         return "val", Mean(p, math.sqrt(q * (1 - q) / (n_val + 4)), n_val)
-    for split in ("val", "test"):
+    for split in ("val", POOLED, "test"):
         if split in records.held_out:
             return split, mean_of(records.scores(records.held_out[split]))
     return None
