@@ -17,7 +17,7 @@ CACHE_VARIABLE = "FINETUNE_CACHE"
 
 @dataclass(frozen=True)
 class Workspace:
-    """The absolute paths of a workspace. `networks`, the cache of traced networks, may be shared by all workspaces of a user."""
+    """The absolute paths of a workspace. `networks`, for traced and recorded networks, may be shared by all of a user."""
 
     root: Path
     networks: Path

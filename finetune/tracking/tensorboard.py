@@ -7,6 +7,7 @@ on the workspace's ``runs``. Event files cannot hold files and models, which sta
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,11 +106,22 @@ class TensorBoard:
     def _log(self, run_id: str) -> _Log:
         if run_id not in self._logs:
             os.makedirs(run_id, exist_ok=True)
+            _wait_for_a_later_name(Path(run_id))
             self._logs[run_id] = _Log(EventFileWriter(run_id, filename_suffix=self._suffixes[run_id]))
         return self._logs[run_id]
 
     def _write(self, run_id: str, summary: Any, at: float, step: int) -> None:
         self._log(run_id).writer.add_event(Event(wall_time=at, step=step, summary=summary))
+
+
+def _wait_for_a_later_name(folder: Path) -> None:
+    """Wait, for a second at most, until a new event file comes after those in `folder`.
+
+    TensorBoard reads them in the order of their names, which begin with the second in which they were made.
+    """
+    made = [int(file.name.split(".")[3]) for file in folder.glob("events.out.tfevents.*")]
+    while made and max(made) == int(time.time()):
+        time.sleep(0.05)
 
 
 def _final(run: RunView) -> Iterable[tuple[str, float]]:

@@ -17,6 +17,7 @@ from run_folders import begin_run, end_run, spec_of, train_steps, whole_comparis
 from finetune.errors import InvalidInput, MissingExtra
 from finetune.storage.rundir import RunDir
 from finetune.storage.workspace import Workspace
+from finetune.tracking import tensorboard
 from finetune.tracking.mirror import Mirror, read_state
 from finetune.tracking.tracker import TRACKERS, Choice, Place, Point, choose, open_tracker, parse_choice
 from finetune.tracking.view import read_view
@@ -298,3 +299,14 @@ def test_what_decides_to_follow_imports_no_tracker() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True, timeout=240)
     assert done.stderr.strip() == "[]"
+
+
+def test_the_event_file_of_a_later_process_is_read_after_those_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "events.out.tfevents.0000000100.host.7.9.abc").touch()
+    now = [100.2]
+    monkeypatch.setattr(tensorboard.time, "time", lambda: now[0])
+    monkeypatch.setattr(tensorboard.time, "sleep", lambda seconds: now.append(now.pop() + 10 * seconds))
+    tensorboard._wait_for_a_later_name(tmp_path)
+    assert now[0] >= 101
+    tensorboard._wait_for_a_later_name(tmp_path)
+    assert now[0] < 102, "a later second has come already"
