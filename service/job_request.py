@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -290,13 +291,25 @@ def _weights_problems(spec: JobSpec, roots: Sequence[Path]) -> list[Problem]:
 
 
 def metadata_problems(metadata: Mapping[str, str]) -> list[Problem]:
-    """Return a problem for each key or value of the metadata that is too long."""
+    """Return a problem for each key or value of the metadata that is too long or has control characters."""
     said = f"a key has 1 to {MAX_METADATA_KEY} characters and a value at most {MAX_METADATA_VALUE}"
-    return [
+    problems = [
         Problem(f"metadata.{key[:MAX_METADATA_KEY]}", said)
         for key, value in metadata.items()
         if not 0 < len(key) <= MAX_METADATA_KEY or len(value) > MAX_METADATA_VALUE
     ]
+    said = "has a control character, such as NUL; only values may have tabs and line breaks"
+    problems += [
+        Problem(f"metadata.{_plain(key)[:MAX_METADATA_KEY]}", said)
+        for key, value in metadata.items()
+        if _plain(key) != key or _plain(value, but="\t\n\r") != value
+    ]
+    return problems
+
+
+def _plain(text: str, *, but: str = "") -> str:
+    """Return `text` without the control characters that are not in `but`."""
+    return "".join(one for one in text if one in but or unicodedata.category(one) != "Cc")
 
 
 def _limit_problems(spec: JobSpec) -> list[Problem]:

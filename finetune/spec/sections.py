@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, get_args
@@ -103,6 +104,22 @@ class ModelSpec(Section):
 Column = Annotated[str | None, Field(min_length=1, max_length=1000)]
 
 
+_NOT_OF_NAMES = ("idna", "punycode", "unicode-escape", "raw-unicode-escape")  # of text, but of no file system
+
+
+def _is_encoding_of_names(given: str) -> str:
+    if given == "auto":
+        return given
+    try:
+        b"name".decode(given)  # a LookupError also for codecs that are not of text, such as rot13
+        is_known = codecs.lookup(given).name not in _NOT_OF_NAMES
+    except (LookupError, ValueError):
+        is_known = False
+    if not is_known:
+        raise ValueError(f"{given!r} is no encoding of file names; try utf-8, cp437, cp932, gbk or cp1252")
+    return given
+
+
 def _no_empty_separator(given: Any) -> Any:
     """Refuse what YAML makes of a separator without quotes: ``label_separator: |`` begins a text there, which is empty."""
     if given == "":
@@ -197,6 +214,7 @@ class DataSpec(Section):
             "detected.",
         ),
     ] = "auto"
+    _encodes = field_validator("name_encoding")(_is_encoding_of_names)
     within: Annotated[
         tuple[str, ...] | None,
         Field(description="The only folders that links and tables may point into. A server sets this for its jobs."),

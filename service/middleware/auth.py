@@ -13,6 +13,7 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Annotated, Literal, NoReturn
+from urllib.parse import quote
 
 from fastapi import Depends, Request
 from starlette.concurrency import run_in_threadpool
@@ -22,6 +23,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from finetune.errors import FinetuneError
 from finetune.jobs.job import LOCAL_OWNER
 from finetune.jobs.keys import KeyStore
+from finetune.runtime.logs import shown
 from service.limits import HEALTH_CHECKS
 from service.problems import problem
 
@@ -111,7 +113,7 @@ class Authentication:
             _unauthorized(SEND_A_KEY)
         key = keys.verify(secret)
         if key is None:
-            log.warning("a request to %s had a key that is unknown, expired or revoked", scope["path"].encode("unicode_escape"))
+            log.warning("a request to %s had a key that is unknown, expired or revoked", shown(quote(scope["path"])))
             _unauthorized(BAD_KEY, f'{CHALLENGE}, error="invalid_token"')
         caller = Caller(key.owner, key.scopes, key.id)
         self._remember(secret, caller, key.expires_at)

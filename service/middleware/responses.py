@@ -13,6 +13,7 @@ from urllib.parse import quote
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from finetune.runtime.logs import shown, without_secrets
 from service.limits import HEALTH_CHECKS
 from service.metrics import UNMATCHED, Metrics
 from service.problems import INTERNAL_DETAIL, MEDIA_TYPE, REQUEST_ID_HEADER, detail_of, problem
@@ -50,14 +51,14 @@ class ResponseMiddleware:
         try:
             await self.app(scope, receive, answer.send)
         except Exception:
-            log.exception("%s %s %s failed", request_id, scope["method"], quote(scope["path"]))
+            log.exception("%s %s %s failed", request_id, shown(scope["method"]), shown(quote(scope["path"])))
             await answer.fail()
         finally:
             seconds = time.perf_counter() - started
             self.metrics.in_flight.dec()
             self.metrics.answered(_route(scope), scope["method"], answer.status, seconds)
             level = logging.DEBUG if scope["path"] in HEALTH_CHECKS else logging.INFO
-            said = (request_id, scope["method"], quote(scope["path"]), answer.status, seconds * 1000)
+            said = (request_id, shown(scope["method"]), shown(quote(scope["path"])), answer.status, seconds * 1000)
             names = ("request_id", "method", "path", "status", "milliseconds")
             caller = scope["state"].get("caller")
             fields = {**dict(zip(names, said, strict=True)), "owner": getattr(caller, "owner", None), "route": _route(scope)}
@@ -114,9 +115,10 @@ class _Answer:
 
 
 def _request_id(headers: Headers) -> str:
-    """Return the caller's own request id if it is safe for a log line, else a new one."""
+    """Return the caller's own request id if it is safe for a log line and holds no API key, else a new one."""
     given = headers.get(REQUEST_ID_HEADER, "")
-    return given if ACCEPTED_ID.fullmatch(given) else f"req_{uuid.uuid4().hex}"
+    is_safe = ACCEPTED_ID.fullmatch(given) and without_secrets(given) == given
+    return given if is_safe else f"req_{uuid.uuid4().hex}"
 
 
 def _route(scope: Scope) -> str:

@@ -90,12 +90,26 @@ def test_every_answer_has_security_headers_and_a_request_id_of_its_own(client: T
     assert "server" not in first.headers
 
 
+A_KEY = "ft_0123456789ab_" + "Abc-_xyz" * 5 + "123"
+
+
 @pytest.mark.parametrize(
-    ("given", "kept"), [("my-trace.7", True), ("x" * 128, True), ("x" * 129, False), ("two words", False), ("", False)]
+    ("given", "kept"),
+    [("my-trace.7", True), ("x" * 128, True), ("x" * 129, False), ("two words", False), ("", False), (A_KEY, False)],
 )
 def test_a_plain_request_id_is_kept_and_any_other_replaced(client: TestClient, given: str, kept: bool) -> None:
     answer = client.get("/livez", headers={"X-Request-Id": given})
     assert (answer.headers["x-request-id"] == given) is kept
+
+
+def test_the_access_log_shows_paths_cut_and_without_keys(client: TestClient, caplog: pytest.LogCaptureFixture) -> None:
+    client.get(f"/v1/files/{A_KEY}")
+    client.get("/v1/files/" + "é" * 10_000)
+    first, second = (entry for entry in caplog.records if entry.name == "service.access")
+    assert first.fields["path"] == "/v1/files/ft_0123456789ab_…"  # type: ignore[attr-defined]
+    assert A_KEY[-20:] not in caplog.text
+    assert second.getMessage().count("%C3%A9") > 10
+    assert len(second.getMessage()) < 500
 
 
 def test_a_path_cannot_write_a_line_of_its_own_into_the_log(client: TestClient, caplog: pytest.LogCaptureFixture) -> None:

@@ -266,3 +266,15 @@ def test_with_folds_nothing_is_cut_off_for_testing_and_the_final_model_is_traine
 ):
     spec = parse_spec({"training_file": "photos", **given})
     assert (spec.data.held_out_fraction, spec.refits) == (held_out, refits)
+
+
+@pytest.mark.parametrize("encoding", ["auto", "utf-8", "cp437", "CP932", "gbk", "shift_jis", "utf-16"])
+def test_encodings_of_file_names_are_accepted(encoding: str) -> None:
+    spec = parse_spec({"training_file": "photos", "data": {"name_encoding": encoding}})
+    assert spec.data.name_encoding == encoding
+
+
+@pytest.mark.parametrize("encoding", ["rot13", "hex", "undefined", "idna", "unicode_escape", "a\0b", "no-such", ""])
+def test_what_is_no_encoding_of_file_names_is_refused(encoding: str) -> None:
+    found = problems_of({"training_file": "photos", "data": {"name_encoding": encoding}})
+    assert "is no encoding of file names; try utf-8" in found["data.name_encoding"]
