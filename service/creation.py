@@ -43,6 +43,7 @@ class Submission:
     caller: Caller
     idempotency_key: str | None
     answers: Answers = field(default_factory=dict)  # from the child process with the training libraries
+    located: set[str] = field(default_factory=set)  # ids of the uploads that the request names
 
     def check_names(self, specs: Sequence[JobSpec]) -> Sequence[Sequence[Problem]]:
         """Return the problems of the specs' backbones and transforms. Raises `Unchecked` for names that are not known yet."""
@@ -50,7 +51,9 @@ class Submission:
 
     def locate(self, file_id: str) -> Path:
         """Return the folder of an upload's contents. Raises `NotFound` if the caller has no such file."""
-        return self.server.uploads.place_of(self.server.database.files.get(file_id, self.caller.sees).id).resolve()
+        found = self.server.database.files.get(file_id, self.caller.sees).id
+        self.located.add(found)
+        return self.server.uploads.place_of(found).resolve()
 
     def find_model(self, reference: str) -> Origin:
         """Return a registered version to start from.
@@ -125,6 +128,7 @@ class Submission:
             body_sha256=digest,
             max_queued=server.max_unfinished_jobs,
             any_suffix=caller.is_admin,
+            reads=frozenset(self.located),
             models_bytes=server.models.registry.owned_bytes(caller.owner),
             max_owner_bytes=server.max_files_bytes,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,7 +137,7 @@ class FileStore:
             Conflict: an unfinished job uses it.
         """
         with writing(self.engine) as connection:
-            _row(connection, file_id, owner)
+            _row(connection, file_id, owner, lock=True)
             reads = select(jobs.c.id).where(jobs.c.state.in_(UNFINISHED), jobs.c.spec.contains(file_id, autoescape=True)).limit(1)
             reader = connection.execute(reads).scalar_one_or_none()
             if reader is not None:
@@ -186,8 +186,21 @@ def stored_by(connection: Connection, owner: str) -> int:
     return sum(int(connection.execute(total).scalar_one()) for total in totals)
 
 
-def _row(connection: Connection, file_id: str, owner: str | None) -> RowMapping:
+def hold_files(connection: Connection, file_ids: Collection[str]) -> None:
+    """Keep uploads from being deleted until the transaction that queues their reader ends. Raises NotFound if one is gone.
+
+    SQLite's write lock is sufficient by itself; PostgreSQL locks the rows, as the deletion does.
+    """
+    for file_id in sorted(file_ids):
+        held = select(files.c.id).where(files.c.id == file_id).with_for_update(read=True)
+        if connection.execute(held).first() is None:
+            raise NotFound(f"{file_id} was deleted while this request was being checked; upload the data again")
+
+
+def _row(connection: Connection, file_id: str, owner: str | None, *, lock: bool = False) -> RowMapping:
     query = select(files).where(files.c.id == file_id)
+    if lock:
+        query = query.with_for_update()  # SQLite's write lock is sufficient by itself, and SQLAlchemy leaves this out there
     row = connection.execute(query).mappings().one_or_none() if "\0" not in file_id else None
     if row is None or (owner is not None and row["owner"] != owner):
         raise NotFound(f"no file {file_id[:100]!r}; GET /v1/files lists yours")

@@ -31,7 +31,7 @@ from finetune.jobs.creation import (
     remember_object,
 )
 from finetune.jobs.database import reading, writing
-from finetune.jobs.files import check_not_full, stored_by
+from finetune.jobs.files import check_not_full, hold_files, stored_by
 from finetune.jobs.job import Claim, Event, Job, job_of, storable_text, to_json
 from finetune.jobs.kinds import KINDS, TRAINING, Kind
 from finetune.jobs.rows import (
@@ -77,6 +77,7 @@ class JobStore:
         body_sha256: str = "",
         max_queued: int | None = None,
         any_suffix: bool = False,
+        reads: Collection[str] = (),
         models_bytes: int = 0,
         max_owner_bytes: int | None = None,
     ) -> tuple[Job, bool]:
@@ -84,11 +85,13 @@ class JobStore:
 
         Args:
             any_suffix: allow a suffix that belongs to another owner's model; the job then makes a new version of it.
+            reads: ids of the uploads that the job reads. They must still exist; from now on they cannot be deleted.
             models_bytes: disk space of the owner's models, which are in the registry, not in the database.
             max_owner_bytes: limit on the disk space of the owner's uploads, finished jobs and models.
 
         Raises:
             InvalidInput: the key was used with another body.
+            NotFound: an upload of `reads` was deleted in the meantime.
             QueueFull: the owner already has `max_queued` unfinished jobs.
             NameTaken: the suffix belongs to another owner.
             FilesFull: the owner already stores more than `max_owner_bytes`.
@@ -99,6 +102,7 @@ class JobStore:
             earlier = earlier_object(connection, owner, idempotency_key, body_sha256)
             if earlier is not None:
                 return job_of(job_row(connection, earlier, owner)), False
+            hold_files(connection, reads)
             if suffix is not None and not any_suffix and model_owner(connection, suffix) not in (None, owner):
                 raise NameTaken(suffix)
             if max_queued is not None:

@@ -90,6 +90,17 @@ def test_an_upload_that_an_unfinished_job_reads_stays(store: FileStore, engine: 
     store.delete(file.id, "ada")
 
 
+def test_a_job_cannot_be_queued_for_an_upload_that_is_gone(store: FileStore, engine: Engine) -> None:
+    file, _ = upload(store)
+    jobs = JobStore(engine)
+    job, _ = jobs.create("ada", {"training_file": f"/files/{file.id}"}, spec_digest="0", reads=[file.id])
+    jobs.request_cancel(job.id)
+    store.delete(file.id)
+    with pytest.raises(NotFound, match=f"{file.id} was deleted"):
+        jobs.create("ada", {"training_file": f"/files/{file.id}"}, spec_digest="0", reads=[file.id], idempotency_key="k")
+    assert [one.id for one in jobs.newest(10)] == [job.id]
+
+
 def test_an_owners_uploads_stay_within_the_quota_also_when_they_come_at_once(store: FileStore) -> None:
     upload(store, "bob", size_bytes=LARGE)
     ready, refused = threading.Barrier(6), []

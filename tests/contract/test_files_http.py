@@ -10,13 +10,18 @@ import zipfile
 from collections import namedtuple
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from archives import bad, good, photographs, zip_of
-from serving import in_process
+from serving import in_process, registered
+from standin import write_bundle
 from starlette.testclient import TestClient
 
 from finetune.data.contents import read_members
+from finetune.jobs.database import open_jobs
+from finetune.jobs.files import FileStore
+from finetune.jobs.store import JobStore
 from service import uploads
 from service.limits import MULTIPART_OVERHEAD_BYTES
 
@@ -178,6 +183,29 @@ def test_a_file_that_a_job_waits_for_cannot_be_deleted(client: TestClient, tmp_p
     assert (answer.status_code, answer.json()["code"]) == (409, "conflict")
     client.post(f"/v1/fine_tuning/jobs/{job['id']}/cancel")
     assert client.delete(f"/v1/files/{file_id}").status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/v1/fine_tuning/jobs", "/v1/files/{id}/check", "/v1/batch_predictions"])
+def test_no_job_is_queued_for_a_file_that_is_deleted_while_its_request_is_checked(
+    path: str, client: TestClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registered(tmp_path, write_bundle(tmp_path / "bundle"))
+    file_id = upload(client, GOOD["zip"]).json()["id"]
+    create = JobStore.create
+
+    def deleted_first(store: JobStore, *given: Any, **named: Any) -> Any:
+        FileStore(store.engine).delete(file_id)
+        return create(store, *given, **named)
+
+    monkeypatch.setattr(JobStore, "create", deleted_first)
+    body = {
+        "/v1/fine_tuning/jobs": {"training_file": file_id},
+        "/v1/batch_predictions": {"input_file": file_id, "model": "colours"},
+    }
+    answer = client.post(path.format(id=file_id), json=body.get(path, {}))
+    assert (answer.status_code, answer.json()["code"]) == (404, "not_found"), answer.text
+    assert f"{file_id} was deleted" in answer.json()["detail"]
+    assert JobStore(open_jobs(tmp_path)).newest(10) == []
 
 
 def test_what_a_killed_server_left_is_swept_at_the_next_start_and_what_is_arriving_is_not(tmp_path: Path) -> None:
