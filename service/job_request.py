@@ -165,6 +165,8 @@ def parse_body(
         SpecError: the body is invalid; it has one problem per invalid field.
     """
     given = {key: value for key, value in body.items() if value is not None or key not in may_be_null}
+    if isinstance(section := given.get("hyperparameters"), Mapping):
+        given["hyperparameters"] = _without_unused(section)
     problems = _stock_problems(given)
     given.pop("integrations", None)
     method = given.get("method")
@@ -184,6 +186,12 @@ def parse_body(
     if problems:
         raise SpecError(summary(problems), problems)
     return parsed
+
+
+def _without_unused(hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return hyperparameters without those that are null, as a job that does not use them shows them; they are resolved again."""
+    may_be_null = ("early_stopping_epochs",)  # null: training does not stop early
+    return {key: value for key, value in hyperparameters.items() if value is not None or key in may_be_null}
 
 
 def _stock_problems(given: Mapping[str, Any]) -> list[Problem]:

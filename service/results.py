@@ -84,7 +84,8 @@ def report_answer(run: RunDir, within: Callable[[str], str]) -> HTMLResponse:
 def resolved_hyperparameters(run: RunDir) -> dict[str, Any]:
     """Return the hyperparameters that a run is carried out with; empty before it has resolved them.
 
-    Those of training by steps are null if the run takes none. ``l2`` is missing until the run has chosen it.
+    Those of training by steps are null if the run takes none, unless they were given. ``l2`` is missing until the run has
+    chosen it.
     """
     resolved = read_object(run.resolved)
     recipe = resolved.get("recipe")
@@ -103,10 +104,16 @@ def resolved_hyperparameters(run: RunDir) -> dict[str, Any]:
     return found | _of_steps([phase for phase in recipe["phases"] if phase["n_epochs"]], asked)
 
 
+_OF_STEPS = (
+    *("n_epochs", "batch_size", "train_size_px", "learning_rate", "learning_rate_multiplier", "weight_decay", "label_smoothing"),
+    *("warmup_fraction", "early_stopping_epochs", "ema", "ema_half_life_steps", "steps_per_epoch", "clip_norm"),
+)
+
+
 def _of_steps(phases: Sequence[Mapping[str, Any]], asked: Mapping[str, Any]) -> dict[str, Any]:
     """Return the hyperparameters that determine the phases which take steps; the topmost stage has the learning rate as given."""
     if not phases:
-        return {"n_epochs": 0, "learning_rate": None, "learning_rate_multiplier": None, "warmup_fraction": None}
+        return {key: None if asked.get(key, "auto") == "auto" else asked[key] for key in _OF_STEPS}
     multiplier, rate = asked.get("learning_rate_multiplier", "auto"), asked.get("learning_rate", "auto")
     multiplier = 1.0 if multiplier == "auto" else multiplier
     peak = max(max(phase["stage_lr"].values(), default=phase["head_lr"]) for phase in phases)

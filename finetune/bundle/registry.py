@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import os
 import re
 import shutil
@@ -49,7 +48,7 @@ from finetune.bundle.remote import fetch_bundle
 from finetune.errors import BundleError, Conflict, InvalidInput, NotFound, did_you_mean
 from finetune.spec import SUFFIX_PATTERN
 from finetune.storage.addresses import is_uri
-from finetune.storage.files import atomic_path, files_under, sha256_file, write_json
+from finetune.storage.files import atomic_path, file_lock, files_under, sha256_file, write_json
 from finetune.storage.journal import read_lines
 from finetune.tasks import task_named
 
@@ -407,9 +406,7 @@ class Registry:
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Hold the lock of the writers of a model, over threads and processes, and remove the leftovers of a killed writer."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with file_lock(folder / ".lock"):
         for leftover in (*folder.glob(f"{_ARRIVING}*"), *folder.glob(f"{_LEAVING}*")):
             shutil.rmtree(leftover)
         yield

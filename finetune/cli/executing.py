@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from finetune.executors import EXECUTORS
+
 if TYPE_CHECKING:
     from finetune.executors.slots import Slots
 
@@ -21,7 +23,7 @@ def executor_options(what: str) -> Callable[[Callable[..., Any]], Callable[..., 
             envvar="RAY_API_SERVER_ADDRESS",
             help="URL of the Ray dashboard. Default: http://127.0.0.1:8265. All machines must share the workspace.",
         )
-        executor = click.option("--executor", type=click.Choice(["local", "ray"]), default="local", show_default=True, help=what)
+        executor = click.option("--executor", type=click.Choice(EXECUTORS), default="local", show_default=True, help=what)
         return executor(address(command))
 
     return decorate

@@ -10,7 +10,7 @@ from rich.markup import escape
 from finetune.cli.terminal import table
 from finetune.data.dataset import left_out_files
 from finetune.doctor.finding import not_in
-from finetune.messages import byte_size, duration, printable
+from finetune.messages import byte_size, duration, plural, printable
 from finetune.progress_bars import console
 from finetune.tasks import task_named
 
@@ -31,10 +31,10 @@ def show_plan(plan: Mapping[str, Any], examination: Examination | None = None) -
     splits = list(data["counts"])
     rows = [[name, *(data["counts"][split][name] for split in splits)] for name in data["classes"][:SHOWN_CLASSES]]
     totals = ["all images", *(data["sizes"].get(split, 0) for split in splits)]
-    exclusive = task_named(plan["task"]).exclusive
-    table(f"Data: {data['root']}", ["class" if exclusive else "label", *splits], [*rows, totals])
+    noun = task_named(plan["task"]).noun
+    table(f"Data: {data['root']}", [noun, *splits], [*rows, totals])
     if len(data["classes"]) > SHOWN_CLASSES:
-        console.print(f"  … and {len(data['classes']) - SHOWN_CLASSES} more {'classes' if exclusive else 'labels'}")
+        console.print(f"  … and {plural(len(data['classes']) - SHOWN_CLASSES, f'more {noun}')}")
     if folds := plan["folds"]:
         sizes = sorted(plan["fold_sizes"])
         each = f"{sizes[0]:,}" if sizes[0] == sizes[-1] else f"{sizes[0]:,} to {sizes[-1]:,}"

@@ -7,11 +7,12 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 
-from finetune.data.dataset import Dataset
+from finetune.data.dataset import Dataset, targets_of
 from finetune.data.separators import forgotten_separator, how_to_separate
 from finetune.doctor.finding import Case, Finding, case_key
 from finetune.messages import natural_list, plural
 from finetune.metrics.imbalance import are_unequal
+from finetune.tasks import task_of
 
 FEW_IMAGES = 20  # of a class; with fewer, its metrics are very uncertain
 
@@ -24,7 +25,7 @@ def class_findings(dataset: Dataset) -> Iterator[Finding]:
         totals.update(of_split)
     yield from _combined(totals)
     yield from _alike(totals)
-    noun = "class" if all(isinstance(sample.target, int) for sample in dataset.samples) else "label"
+    noun = task_of(targets_of(dataset.samples)).noun
     yield from _small(totals, noun)
     yield from _missing(counts, noun)
     yield from _unequal(totals, noun)

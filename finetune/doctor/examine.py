@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune.data.check import advise_resize, image_facts
-from finetune.data.dataset import Dataset, Sample
+from finetune.data.dataset import Dataset, Sample, targets_of
 from finetune.doctor.classes import class_findings
 from finetune.doctor.finding import Case, Examination, Finding, Fix, Severity, case_key
 from finetune.doctor.labels import doubt_label_sets, doubt_labels
@@ -23,6 +23,7 @@ from finetune.doctor.shortcuts import find_shortcuts
 from finetune.features.duplicates import Pair, clusters, near_duplicates, same_bytes
 from finetune.messages import natural_list, plural
 from finetune.progress import ProgressCallback, silent
+from finetune.tasks import task_of
 from finetune.training.label_doubts import label_changes, with_changes
 
 VERSION = 11  # of what is found: examinations of another one are not read
@@ -81,7 +82,7 @@ class _Examining:
             looks = look_at_all(self.samples, memory=self.memory, progress=self.progress)
         with self._timed("near duplicates"):
             near = near_duplicates(self.samples, self.embeddings, self.progress)
-        exclusive = all(isinstance(sample.target, int) for sample in self.samples)
+        exclusive = task_of(targets_of(self.samples)).exclusive
         yield from self._unreadable()
         yield from self._copies(same_bytes(self.samples), near)
         with self._timed("labels"):

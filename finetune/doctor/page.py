@@ -10,13 +10,14 @@ from typing import Any
 
 from finetune.bundle.image import decode_image
 from finetune.bundle.preprocess import Preprocess
-from finetune.data.dataset import Dataset, Sample
+from finetune.data.dataset import Dataset, Sample, targets_of
 from finetune.doctor.finding import Case, Examination, Finding
 from finetune.errors import ImageError
 from finetune.messages import plural
 from finetune.report.pictures import THUMBNAIL_PX, data_uri, thumbnail
 from finetune.report.templates import render
 from finetune.storage.files import write_atomic
+from finetune.tasks import task_of
 
 SHOWN_CASES = 30
 SHOWN_OF_A_CASE = 4
@@ -51,7 +52,7 @@ def write_page(path: Path, examination: Examination, dataset: Dataset, preproces
 
 
 def _noun(dataset: Dataset) -> str:
-    return "class" if all(isinstance(sample.target, int) for sample in dataset.samples) else "label"
+    return task_of(targets_of(dataset.samples)).noun
 
 
 def _shown(finding: Finding, pictures: _Pictures) -> dict[str, Any]:

@@ -55,7 +55,7 @@ class DatasetFacts:
         """Return the facts of a dataset that has been split."""
         counts = dataset.counts()
         missing = {split: [name for name, n in counts[split].items() if not n] for split in ("val", "test") if split in counts}
-        noun = "class" if all(isinstance(sample.target, int) for sample in dataset.samples) else "label"
+        noun = task_of(targets_of(dataset.samples)).noun
         unmeasurable = (unmeasured(split, names, noun) for split, names in missing.items() if names)
         weights = weight_facts(dataset.of("train"), dataset.classes)
         warnings = [*dataset.warnings, *unmeasurable, *first_look(dataset)]

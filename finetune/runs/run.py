@@ -139,7 +139,7 @@ def run_job(
 def announce(dataset: DatasetFacts, run: RunDir, task: Task) -> None:
     """Record the size of the data and its warnings as events of the run or study."""
     sizes = ", ".join(f"{count:,} {split}" for split, count in dataset.sizes.items())
-    message = f"{plural(len(dataset.classes), 'class' if task.exclusive else 'label')}; images: {sizes}"
+    message = f"{plural(len(dataset.classes), task.noun)}; images: {sizes}"
     run.record(Planned(message, dict(dataset.sizes), len(dataset.quarantined)))
     for warning in dataset.warnings:
         run.record(DataWarning(warning))

@@ -27,6 +27,7 @@ class Multiclass:
 
     name = "multiclass"
     exclusive = True
+    noun = "class"
     losses = LOSSES["multiclass"]
     smooths_labels = True
     metrics: Sequence[Metric[Rows]] = (TOP1, TOP5, MACRO_F1, MEAN_PER_CLASS_ACCURACY, NLL, ECE, BRIER)

@@ -42,6 +42,7 @@ class Multilabel:
 
     name = "multilabel"
     exclusive = False
+    noun = "label"
     losses = LOSSES["multilabel"]
     smooths_labels = False
     metrics: Sequence[Metric[LabelRows]] = (MAP, MICRO_F1, MACRO_F1, EXACT_MATCH, NLL, ECE, BRIER)

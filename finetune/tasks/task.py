@@ -57,6 +57,11 @@ class Task(Protocol):
         ...
 
     @property
+    def noun(self) -> str:
+        """What one of the outputs is called in messages: a class, or a label."""
+        ...
+
+    @property
     def losses(self) -> tuple[str, ...]:
         """The losses that training can minimise, as named in the job spec. The first is the default and the solved head's."""
         ...

@@ -18,7 +18,7 @@ from finetune.features.left_out import Features, doubted_label_sets, doubted_lab
 from finetune.messages import natural_list, plural, printable
 from finetune.storage.files import write_atomic
 from finetune.storage.rundir import RunDir
-from finetune.tasks import task_named
+from finetune.tasks import task_named, task_of
 
 COLUMNS = ("path", "split", "label", "suggested", "score", "doubt")
 SHOWN = 3
@@ -36,7 +36,7 @@ def note_label_doubts(run: RunDir, dataset: Dataset, parts: Sequence[tuple[Seque
     samples = [sample for of_part, _ in parts for sample in of_part]
     if table.exists():
         return
-    exclusive = all(isinstance(sample.target, int) for sample in samples)
+    exclusive = task_of(targets_of(samples)).exclusive
     features = [part for _, part in parts]
     text = io.StringIO(newline="")
     rows = csv.writer(text, lineterminator="\n")

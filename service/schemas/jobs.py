@@ -66,7 +66,9 @@ class JobDocument(JobState):
     fine_tuned_model: str | None = Field(description="The registered model's name, once there is one.")
     fine_tuned_version: str | None
     method: dict[str, Any]
-    hyperparameters: dict[str, Any] = Field(description="As resolved once the run has decided them; `auto` until then.")
+    hyperparameters: dict[str, Any] = Field(
+        description="As resolved once the run has decided them; `auto` until then. Null: not used. They can be sent again."
+    )
     seed: int
     suffix: str | None
     training_file: str
@@ -190,8 +192,14 @@ def job_state(job: Job, queue_position: int | None) -> dict[str, Any]:
 
 
 def _decided(asked: Mapping[str, Any], resolved: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the resolved values of the fields that were requested as ``auto``."""
-    return {key: resolved[key] for key, value in asked.items() if value == "auto" and key in resolved}
+    """Return the resolved values of the fields that were requested as ``auto``, as a request may give them.
+
+    They are null if the run does not use them. The training size of images that are not square is its shorter side.
+    """
+    found = {key: resolved[key] for key, value in asked.items() if value == "auto" and key in resolved}
+    if found.get("train_size_px"):
+        found["train_size_px"] = min(found["train_size_px"])
+    return found
 
 
 def result_links(job_id: str, result: Mapping[str, Any]) -> list[str]:

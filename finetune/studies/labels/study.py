@@ -203,7 +203,7 @@ def study_labels(
     weighting = Weighting(task, spec.data.class_weights, spec.data.logit_adjustment)
     curves = measured(features, dataset.samples, len(dataset.classes), spec.seed, repeats, sizes, progress, weighting)
     if curves is None:
-        what = "class" if task.exclusive else "label"
+        what = task.noun
         raise InvalidInput(
             f"{dataset.name}: {plural(len(dataset.samples), 'image')} of {plural(len(dataset.classes), what)} are too few for "
             f"a learning curve, which needs at least {10 * len(dataset.classes) + 1} images, two of each {what}. Add images"
