@@ -95,6 +95,11 @@ class Exporter:
         }
         return [name for name in FORMATS if has[name]]
 
+    def check_available(self, name: Format) -> None:
+        """Raise `Conflict` if this installation cannot write the format."""
+        if name not in self.available():
+            raise Conflict(f"{UNAVAILABLE[name]}. Available here: {', '.join(self.available())}")
+
     async def write(self, version: ModelVersion, name: Format, owner: str) -> Exported:
         """Write a version of a model in a format.
 
@@ -106,8 +111,7 @@ class Exporter:
             Overloaded: too many exports wait, of this owner or in all, or the child process failed.
             FinetuneError: the model cannot be written in this format.
         """
-        if name not in self.available():
-            raise Conflict(f"{UNAVAILABLE[name]}. Available here: {', '.join(self.available())}")
+        self.check_available(name)
         if self._waiting[owner] >= MAX_OF_OWNER:
             raise Overloaded(f"{MAX_OF_OWNER} other models are being written for you. Try again in a moment")
         if self._waiting.total() >= MAX_WAITING:
@@ -124,7 +128,8 @@ class Exporter:
 
     def _write(self, version: ModelVersion, name: Format) -> Exported:
         self._folder.mkdir(parents=True, exist_ok=True)
-        base = f"{version.name}-{version.version}-{name}"
+        filename = download_name(version, name)
+        base = filename.rpartition(".")[0]
         with tempfile.TemporaryDirectory(dir=self._folder) as work:
             out = Path(work) / base
             runtime = str(self._runtime) if name == "web" else None
@@ -133,12 +138,17 @@ class Exporter:
             if "error" in answer:
                 raise error_of(answer["error"])
             if name == "web":
-                return _opened(out / PAGE, f"{base}.html")
-            archive = Path(work) / f"{base}.zip"
+                return _opened(out / PAGE, filename)
+            archive = Path(work) / filename
             with zipfile.ZipFile(archive, "w") as packed:  # weights do not get smaller
                 for file in sorted(out.rglob("*")):
                     packed.write(file, f"{base}/{file.relative_to(out)}")
             return _opened(archive, archive.name)
+
+
+def download_name(version: ModelVersion, name: Format) -> str:
+    """Return the file name of a version in a format."""
+    return f"{version.name}-{version.version}-{name}.{'html' if name == 'web' else 'zip'}"
 
 
 def _opened(path: Path, filename: str) -> Exported:

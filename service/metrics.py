@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sized
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -22,6 +22,7 @@ from finetune.monitoring.drift import Drift
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 UNMATCHED = "unmatched"
+_Labelled = TypeVar("_Labelled", Counter, Histogram)
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
@@ -68,6 +69,9 @@ class Metrics:
             registry=self.registry,
         )
 
+        self._series: set[tuple[Counter | Histogram, tuple[str, ...]]] = set()  # those of models; their first label is the model
+        self._exists: Callable[[str, str | None], bool] = lambda _model, _version: True
+
     def answered(self, route: str, method: str, status: int, seconds: float) -> None:
         """Count a response and its duration."""
         known_method = method if method in METHODS else "other"
@@ -76,12 +80,16 @@ class Metrics:
 
     def predicted(self, model: str, version: str, role: str, n_images: int) -> None:
         """Count predicted images of a model."""
-        self.predictions.labels(model, version, role).inc(n_images)
+        self._of_model(self.predictions, model, version, role).inc(n_images)
 
     def took(self, model: str, stages: Mapping[str, float]) -> None:
         """Count the seconds that each stage of one prediction took."""
         for stage, seconds in stages.items():
-            self.stage_seconds.labels(model, stage).observe(seconds)
+            self._of_model(self.stage_seconds, model, stage).observe(seconds)
+
+    def shadowed(self, model: str, version: str, outcome: str) -> None:
+        """Count an answer of a shadow model."""
+        self._of_model(self.shadow_answers, model, version, outcome).inc()
 
     def watch_queue(self, waiting: Callable[[], int]) -> None:
         """Add a gauge of the predictions that run or wait."""
@@ -90,6 +98,7 @@ class Metrics:
 
     def watch_models(self, models: WatchedModels) -> None:
         """Add metrics of the loaded models. They are collected at each scrape, so that removed versions leave no series."""
+        self._exists = models.exists
         self.registry.register(_ModelsCollector(models))
 
     def watch_drift(self, last_found: Callable[[], Iterable[tuple[str, str, Drift]]]) -> None:
@@ -97,8 +106,17 @@ class Metrics:
         self.registry.register(_DriftCollector(last_found))
 
     def text(self) -> bytes:
-        """Return all metrics in Prometheus' text format."""
+        """Return all metrics in Prometheus' text format, without those of models that were deleted."""
+        for metric, labels in tuple(self._series):
+            if not self._exists(labels[0], None if metric is self.stage_seconds else labels[1]):
+                self._series.discard((metric, labels))
+                with contextlib.suppress(KeyError):  # another scrape has removed it
+                    metric.remove(*labels)
         return generate_latest(self.registry)
+
+    def _of_model(self, metric: _Labelled, *labels: str) -> _Labelled:
+        self._series.add((metric, labels))
+        return metric.labels(*labels)
 
 
 class WatchedModels(Protocol):
@@ -111,6 +129,8 @@ class WatchedModels(Protocol):
     def loaded(self) -> Iterable[tuple[str, str]]: ...
 
     def refused(self) -> Sized: ...
+
+    def exists(self, name: str, version: str | None) -> bool: ...
 
 
 class _Named(Protocol):

@@ -232,6 +232,12 @@ class LoadedModels:
         """Return (name, version) of all models in memory."""
         return [(model.name, model.version) for model in self._all()]
 
+    def exists(self, name: str, version: str | None) -> bool:
+        """Return whether a model, or one version of it, is in memory or registered."""
+        if any(name == one and version in (None, its) for one, its in self.loaded()):
+            return True
+        return any(version in (None, found.version) for found in self.registry.versions(name))
+
     def refused(self) -> dict[tuple[str, str], str]:
         """Map (name, version) of each requested bundle that is not served to the reason."""
         with self._maps:

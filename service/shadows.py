@@ -54,4 +54,4 @@ class Shadows:
             )
 
     def _count(self, shadow: LoadedModel, outcome: str) -> None:
-        self._metrics.shadow_answers.labels(shadow.name, shadow.version, outcome).inc()
+        self._metrics.shadowed(shadow.name, shadow.version, outcome)

@@ -120,17 +120,33 @@ def roll_back(registry: Registry, **audit: Any) -> Deployment:
     """Return to the deployment before the current one; a second rollback undoes the first.
 
     Raises:
-        Conflict: there was no other deployment whose model still exists.
+        Conflict: there was no other deployment whose model still exists, or its canary or shadow was deleted.
     """
     with file_lock(registry.root / ".lock"):
         present = read_deployment(registry)
         for earlier in reversed(_history(registry)):
             if earlier != present:
-                with contextlib.suppress(NotFound):
+                try:
                     registry.lookup(earlier.reference)
-                    _write(registry, earlier, **audit)
-                    return earlier
+                except NotFound:
+                    continue
+                _check_shares(registry, earlier)
+                _write(registry, earlier, **audit)
+                return earlier
     raise Conflict("nothing else has been the default before, so there is nothing to go back to")
+
+
+def _check_shares(registry: Registry, deployment: Deployment) -> None:
+    """Raise `Conflict` if the canary or the shadow of an earlier deployment was deleted."""
+    for part, share in (("canary", deployment.canary), ("shadow", deployment.shadow)):
+        if share is not None:
+            try:
+                registry.lookup(share.reference)
+            except NotFound:
+                raise Conflict(
+                    f"the deployment of {deployment.reference} before the present one had the {part} {share.reference}, which was"
+                    f" deleted. Deploy {deployment.reference} without it, or with another"
+                ) from None
 
 
 def _write(registry: Registry, deployment: Deployment, **audit: Any) -> None:

@@ -33,7 +33,7 @@ from finetune.jobs.creation import (
 from finetune.jobs.database import reading, writing
 from finetune.jobs.files import check_not_full, hold_files, stored_by
 from finetune.jobs.job import Claim, Event, Job, job_of, storable_text, to_json
-from finetune.jobs.kinds import KINDS, TRAINING, Kind
+from finetune.jobs.kinds import BATCH, KINDS, TRAINING, Kind
 from finetune.jobs.rows import (
     add_run_events,
     attempt_counts,
@@ -158,6 +158,14 @@ class JobStore:
         with reading(self.engine) as connection:
             rows = connection.execute(query).mappings().all()
         return [job_of(row) for row in rows[:limit]], len(rows) > limit
+
+    def batches_with(self, name: str, version: str | None = None) -> Sequence[Job]:
+        """Return the unfinished batch predictions by a model, or by one version of it, of all owners, oldest first."""
+        query = select(jobs).where(jobs.c.kind == BATCH.name, jobs.c.state.in_(UNFINISHED)).order_by(jobs.c.id)
+        with reading(self.engine) as connection:
+            found = [job_of(row) for row in connection.execute(query).mappings()]
+        wanted = [str(job.spec.get("model") or "").partition("@") for job in found]
+        return [job for job, (of, _, its) in zip(found, wanted, strict=True) if of == name and version in (None, its)]
 
     def queue_position(self, job: Job) -> int | None:
         """Return how many queued jobs are before this one by priority and age; None if it is not queued."""

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Query, Response
+from fastapi import APIRouter, Query, Request, Response
 from fastapi import Path as PathParameter
 from fastapi.responses import FileResponse, HTMLResponse, PlainTextResponse, StreamingResponse
 from starlette.concurrency import run_in_threadpool
@@ -22,8 +22,9 @@ from finetune.evaluation.predictions import read
 from finetune.evaluation.tables import csv_lines
 from finetune.monitoring.monitored import drift_document
 from finetune.promotion import promote
-from service.exports import Format
+from service.exports import Format, download_name
 from service.middleware.auth import Caller, Reading, Submitting
+from service.middleware.head import HEADERS_ONLY
 from service.models import SHADOW
 from service.problems import RESPONSES
 from service.results import (
@@ -177,6 +178,7 @@ def get_bundle(caller: Reading, server: Server, name: str, version: str) -> Stre
 
 @models_router.get("/{name}/versions/{version}/exports/{format}", response_class=StreamingResponse, responses=BUNDLE_ANSWER)
 async def get_export(
+    request: Request,
     caller: Reading,
     server: Server,
     name: str,
@@ -185,6 +187,10 @@ async def get_export(
 ) -> StreamingResponse:
     """Download a version in the format of another tool, as `finetune export` writes it. It is written for each request."""
     found = await run_in_threadpool(find_model, server, caller, f"{name}@{version}")
+    if request.scope["state"].get(HEADERS_ONLY, False):  # the size is known only after the work
+        server.exporter.check_available(format)
+        headers = {"Content-Disposition": f'attachment; filename="{download_name(found, format)}"'}
+        return StreamingResponse(iter(()), media_type="application/octet-stream", headers=headers)
     exported = await server.exporter.write(found, format, caller.owner)
     headers = {"Content-Length": str(exported.size_bytes), "Content-Disposition": f'attachment; filename="{exported.filename}"'}
     return StreamingResponse(exported.pieces(), media_type="application/octet-stream", headers=headers)
@@ -239,7 +245,11 @@ def delete_model(
     server: Server,
     name: str,
     force: Annotated[
-        bool, Query(description="Also if an alias means it or, for administrators, if it is the server's default or its canary.")
+        bool,
+        Query(
+            description="Also if an alias means it, if an unfinished batch prediction needs it or, for "
+            "administrators, if it is the server's default or its canary."
+        ),
     ] = False,
 ) -> ModelDeleted:
     """Delete a model, or one version of it (`name@version`). Requests in progress are completed."""
@@ -250,9 +260,11 @@ def delete_model(
         if promoted and not force:
             raise Conflict(f"{name} is what {', '.join(promoted)} means. Promote another version first, or add ?force=true")
         _check_not_answering(server, caller, found.name, found.version, force=force)
+        _check_not_awaited(server, caller, found.name, found.version, force=force)
         registry.delete(found.name, found.version, force=True)
     else:
         _check_not_answering(server, caller, found.name, None, force=force)
+        _check_not_awaited(server, caller, found.name, None, force=force)
         registry.delete(found.name, force=True)
     server.models.refresh()
     server.access.forget(found.name)
@@ -265,6 +277,16 @@ def _check_not_answering(server: ServerState, caller: Caller, name: str, version
     if part and not (force and caller.is_admin):
         otherwise = ", or add ?force=true" if caller.is_admin else "; that takes a key with the scope 'admin'"
         raise Conflict(f"{name if version is None else f'{name}@{version}'} is {part}. Deploy another model first{otherwise}")
+
+
+def _check_not_awaited(server: ServerState, caller: Caller, name: str, version: str | None, *, force: bool) -> None:
+    """Raise `Conflict` if an unfinished batch prediction would lose its model, unless it is forced."""
+    batches = [] if force else server.database.jobs.batches_with(name, version)
+    if batches:
+        mine = next((job.id for job in batches if caller.sees in (None, job.owner)), None)
+        needing = f"the batch prediction {mine}" if mine is not None else "a batch prediction of somebody else"
+        what = name if version is None else f"{name}@{version}"
+        raise Conflict(f"{what} is needed by {needing}, which has not finished. Wait for its end, cancel it, or add ?force=true")
 
 
 def _answering_part(server: ServerState, name: str, version: str | None = None) -> str:

@@ -88,6 +88,19 @@ def test_an_upload_to_be_answered_needs_no_class_folders_but_an_image(client: Te
     assert refused.status_code == 422, "the limits of archives hold here too"
 
 
+def test_a_model_that_a_queued_batch_needs_is_not_deleted(client: TestClient, tmp_path: Path) -> None:
+    registered(tmp_path, tmp_path / "bundle", "hats")
+    registry = registered(tmp_path, tmp_path / "bundle", "hats")
+    registry.set_alias("hats", "champion", "2")
+    made = client.post(BATCHES, json={"input_file": upload(client), "model": "hats@1"}).json()
+    for reference in ("hats@1", "hats"):
+        refused = client.delete(f"/v1/models/{reference}")
+        assert (refused.status_code, refused.json()["code"]) == (409, "conflict")
+        assert f"{reference} is needed by the batch prediction {made['id']}" in refused.json()["detail"]
+    assert client.post(f"{BATCHES}/{made['id']}/cancel").status_code == 200
+    assert client.delete("/v1/models/hats@1").status_code == 200
+
+
 # --- creating -------------------------------------------------------------------------------------
 
 

@@ -18,8 +18,10 @@ from starlette.testclient import TestClient
 from finetune.errors import Overloaded
 from finetune.jobs.database import open_jobs
 from finetune.jobs.keys import KeyStore
+from service import results
 from service.child import ChildProgram
 from service.exports import MAX_OF_OWNER, Exported, Exporter
+from service.routes import models
 
 VERSION = "/v1/models/colours/versions/1"
 
@@ -47,6 +49,35 @@ def test_the_network_alone_comes_as_a_zip_with_its_card(client: TestClient, tmp_
         assert archive.namelist() == ["colours-1-onnx/README.md", "colours-1-onnx/model.onnx"]
         assert archive.read("colours-1-onnx/model.onnx") == client.get(f"{VERSION}/files/model.onnx").content
     assert list((tmp_path / "exports").iterdir()) == []
+
+
+def test_a_question_about_the_headers_alone_writes_and_reads_nothing(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> Any:
+        raise AssertionError("nobody reads the body")
+
+    monkeypatch.setattr(ChildProgram, "run", fail)
+    headed = client.head(f"{VERSION}/exports/onnx")
+    assert (headed.status_code, headed.content) == (200, b"")
+    assert headed.headers["content-disposition"] == 'attachment; filename="colours-1-onnx.zip"'
+    assert client.head(f"{VERSION}/exports/web").status_code == 409
+    assert client.head("/v1/models/colours/versions/7/exports/onnx").status_code == 404
+
+
+def test_the_headers_of_a_bundle_come_without_reading_it(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[int] = []
+    archive = results.bundle_archive
+
+    def counted(*given: Any) -> Any:
+        pieces, size = archive(*given)
+        return (sent.append(len(piece)) or piece for piece in pieces), size
+
+    monkeypatch.setattr(models, "bundle_archive", counted)
+    whole = client.get(f"{VERSION}/bundle")
+    assert sum(sent) == len(whole.content) > sent[0]
+    sent.clear()
+    headed = client.head(f"{VERSION}/bundle")
+    assert (headed.status_code, headed.content, headed.headers["content-length"]) == (200, b"", str(len(whole.content)))
+    assert len(sent) == 1, "the first piece only"
 
 
 def test_a_page_without_a_server_is_one_file_where_its_runtime_is_installed(client: TestClient, tmp_path: Path) -> None:

@@ -356,6 +356,27 @@ def test_a_canary_answers_its_share_and_a_shadow_is_compared(tmp_path: Path) -> 
         assert 'role="canary",version="2"' in client.get("/metrics").text
 
 
+def test_a_deleted_model_leaves_no_series_in_the_metrics(tmp_path: Path) -> None:
+    registry = registered(tmp_path, bundle_of(tmp_path, 1), "coats")
+    registry.register(bundle_of(tmp_path, 2), "hats")
+    registry.register(bundle_of(tmp_path, 3), "hats")
+    registry.set_alias("hats", "champion", "2")
+    with in_process(tmp_path) as client:
+        for reference in ("coats", "hats@1", "hats@2"):
+            assert client.post(f"/v1/models/{reference}/predict", content=picture()).status_code == 200
+        before = client.get("/metrics").text
+        assert 'finetune_predictions_total{model="hats",role="named",version="1"} 1.0' in before
+        assert client.delete("/v1/models/hats@1").status_code == 200
+        after = client.get("/metrics").text
+        assert 'model="hats",role="named",version="1"' not in after
+        assert 'model="hats",role="named",version="2"' in after
+        assert client.delete("/v1/models/hats?force=true").status_code == 200
+        after = client.get("/metrics").text
+        assert 'model="hats"' not in after
+        assert 'finetune_predictions_total{model="coats",role="named",version="1"} 1.0' in after
+        assert 'finetune_prediction_seconds_count{model="coats",stage="decode"} 1.0' in after
+
+
 # --- memory ---------------------------------------------------------------------------------------
 
 

@@ -66,6 +66,18 @@ def test_there_is_nothing_to_go_back_to_before_a_second_deployment(registry: Reg
         roll_back(registry)
 
 
+@pytest.mark.parametrize("part", ["canary", "shadow"])
+def test_a_deployment_does_not_come_back_with_a_share_that_was_deleted(part: str, registry: Registry, bundle: Path) -> None:
+    for name in ("trees", "insects", "ants"):
+        registry.register(bundle, name)
+    deploy(registry, Deployment("insects@1", **{part: Share("ants@1", 10.0)}))
+    deploy(registry, Deployment("trees@1"))
+    registry.delete("ants", force=True)
+    with pytest.raises(Conflict, match=f"had the {part} ants@1, which was deleted. Deploy insects@1 without it"):
+        roll_back(registry)
+    assert read_deployment(registry) == Deployment("trees@1")
+
+
 def test_what_does_not_exist_is_not_deployed(registry: Registry, bundle: Path) -> None:
     registry.register(bundle, "trees")
     for deployment in (Deployment("trees@9"), Deployment("ferns"), Deployment("trees", canary=Share("ferns", 5.0))):
