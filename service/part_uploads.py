@@ -104,7 +104,7 @@ class PartUploads:
                 )
             check(sum(one.size_bytes for one in pending))
             made = PartUpload(new_id(PREFIX), owner, filename, purpose, size_bytes, time.time(), idempotency_key)
-            self._place(made.id).mkdir()
+            self._place(made.id).mkdir(mode=0o700)
             self._write(made)
         return made, True
 

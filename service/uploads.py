@@ -145,7 +145,7 @@ class Uploads:
         arrival = Arrival(owner, self.folder / f"{_ARRIVING}{secrets.token_hex(8)}")
         self._admit(arrival)
         try:
-            arrival.folder.mkdir(parents=True)
+            arrival.folder.mkdir(mode=0o700, parents=True)
             with file_lock(arrival.folder / ".lock"):
                 if shutil.disk_usage(arrival.folder).free < 2 * announced_bytes + MIN_FREE_BYTES:
                     raise DiskFull(

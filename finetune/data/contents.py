@@ -31,6 +31,7 @@ from finetune.data.archive import (
     stream_members,
 )
 from finetune.errors import DataError, DiskFull
+from finetune.storage.files import private_file
 
 MEMBERS, OBJECTS = "members.jsonl", "objects"
 
@@ -141,8 +142,7 @@ class _Writer:
     def file(self, name: bytes, is_utf8: bool, chunks: Iterable[bytes]) -> None:
         temporary = self.root / OBJECTS / ".arriving"
         digest, n_bytes = hashlib.sha256(), 0
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
-        with open(descriptor, "wb") as output:
+        with open(temporary, "wb", opener=private_file) as output:
             for chunk in chunks:
                 digest.update(chunk)
                 n_bytes += len(chunk)
@@ -173,9 +173,9 @@ class _Writer:
 def _appearing(target: Path) -> Iterator[_Writer]:
     """Yield a writer into a new folder that is renamed to `target` at the end of the block; on an error it is deleted."""
     staging = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    staging.mkdir(parents=True)
+    staging.mkdir(mode=0o700, parents=True)
     try:
-        with open(staging / MEMBERS, "w", encoding="utf-8") as members:
+        with open(staging / MEMBERS, "w", encoding="utf-8", opener=private_file) as members:
             yield _Writer(staging, members)
         (staging / OBJECTS / ".arriving").unlink(missing_ok=True)
         os.rename(staging, target)

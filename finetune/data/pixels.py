@@ -58,7 +58,7 @@ class PixelStore:
         if not self.store.reserve(rgb.nbytes):
             return
         try:
-            write_atomic(path, lambda stream: np.save(stream, rgb, allow_pickle=False))
+            write_atomic(path, lambda stream: np.save(stream, rgb, allow_pickle=False), mode=0o600)
         except DiskFull:  # others need the disk more; pictures are decoded as if there were no store
             self.store.forget_room()
 

@@ -185,7 +185,8 @@ class ShardWriter:
         keys, rows, seconds = self._keys[: self._count], self._rows[: self._count], self._seconds
         self._count, self._seconds = 0, Seconds()
         if len(keys):
-            write_atomic(self._folder / f"{uuid.uuid4().hex}.shard", lambda stream: _write_shard(stream, keys, rows, seconds))
+            shard = self._folder / f"{uuid.uuid4().hex}.shard"
+            write_atomic(shard, lambda stream: _write_shard(stream, keys, rows, seconds), mode=0o600)  # made of private images
 
 
 # Format of a shard: the rows, their keys, a JSON description with the checksums of both, and a tail of `_TAIL_BYTES`.

@@ -80,9 +80,14 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def write_atomic(target: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Write `target` atomically; `write` is called with the open binary file."""
-    with atomic_path(target) as temporary, open(temporary, "wb") as stream:
+def private_file(path: str, flags: int) -> int:
+    """Open a file that only its owner may read, and follow no link; an ``opener`` for `open`."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o600)
+
+
+def write_atomic(target: Path, write: Callable[[IO[bytes]], object], *, mode: int = 0o666) -> None:
+    """Write `target` atomically; `write` is called with the open binary file. See `atomic_path` for `mode`."""
+    with atomic_path(target, mode=mode) as temporary, open(temporary, "wb") as stream:
         write(stream)
 
 

@@ -185,6 +185,18 @@ def test_a_file_that_a_job_waits_for_cannot_be_deleted(client: TestClient, tmp_p
     assert client.delete(f"/v1/files/{file_id}").status_code == 200
 
 
+def test_what_is_uploaded_is_readable_by_the_server_alone(client: TestClient, tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        place = tmp_path / "files" / upload(client, GOOD["zip"]).json()["id"]
+    finally:
+        os.umask(before)
+    stored = [path for path in place.rglob("*") if path.is_file()]
+    assert len(stored) > 1
+    assert {path.stat().st_mode & 0o777 for path in stored} == {0o600}
+    assert place.stat().st_mode & 0o777 == 0o700
+
+
 @pytest.mark.parametrize("path", ["/v1/fine_tuning/jobs", "/v1/files/{id}/check", "/v1/batch_predictions"])
 def test_no_job_is_queued_for_a_file_that_is_deleted_while_its_request_is_checked(
     path: str, client: TestClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

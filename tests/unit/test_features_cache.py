@@ -51,6 +51,13 @@ def test_rows_come_back_under_their_keys_in_any_order(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found.take(np.arange(70)), rows[order])
 
 
+def test_rows_are_readable_by_their_owner_alone(tmp_path: Path) -> None:
+    fill(open_cache(tmp_path), range(5))
+    shards = list(tmp_path.rglob("*.shard"))
+    assert shards
+    assert {path.stat().st_mode & 0o777 for path in shards} == {0o600}
+
+
 def test_keys_that_are_not_stored_are_missing_and_cannot_be_taken(tmp_path: Path) -> None:
     cache = open_cache(tmp_path)
     fill(cache, range(10))

@@ -49,7 +49,7 @@ class RemoteFile:
         try:
             mark_used(self.copy)
         except FileNotFoundError:
-            with _as_image_error(self.address), errors_named(self.address), atomic_path(self.copy) as temporary:
+            with _as_image_error(self.address), errors_named(self.address), atomic_path(self.copy, mode=0o600) as temporary:
                 filesystem, path = open_address(self.address, os.getpid())
                 filesystem.get_file(path, str(temporary))
         return self.copy

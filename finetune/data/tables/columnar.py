@@ -24,7 +24,7 @@ from finetune.data.tables.rows import Cell, Row, Table, local_path
 from finetune.distribution import install_command
 from finetune.errors import DataError, ImageError, MissingExtra
 from finetune.messages import printable
-from finetune.storage.files import read_json, write_json
+from finetune.storage.files import private_file, read_json, write_json
 from finetune.storage.store import mark_used
 
 _BATCH_ROWS = 1024
@@ -288,7 +288,8 @@ def _write_one(data: bytes | None, folder: Path) -> str | None:
     place = folder / digest[:2] / digest
     if not place.exists():
         place.parent.mkdir(parents=True, exist_ok=True)
-        (temporary := folder / ".arriving").write_bytes(data)
+        with open(temporary := folder / ".arriving", "wb", opener=private_file) as stream:
+            stream.write(data)
         os.replace(temporary, place)  # a file that exists is whole
     return digest
 

@@ -87,5 +87,5 @@ def local_path(node: Node, reading: Reading) -> Path:
     if not copy.exists() or node.file.state() is None:
         data = node.file.read(WHOLE_FILE)
         reading.make_room(len(data), printable(node.path))
-        write_atomic(copy, lambda stream: stream.write(data))
+        write_atomic(copy, lambda stream: stream.write(data), mode=0o600)
     return copy
