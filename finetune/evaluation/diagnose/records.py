@@ -75,8 +75,9 @@ class RunRecords:
         run = kept_run(whole)
         if not run.resolved.exists() and not run.error.exists():
             raise NotFound(
-                f"{folder}: not the folder of a run that has begun to train (it has no resolved.json). Give a folder in "
-                ".finetune/runs, such as the one that finetune train named at its end"
+                f"{folder}: not the folder of a run that has begun to train (it has no resolved.json). Give a folder in the "
+                "workspace's runs (.finetune/runs, or runs in FINETUNE_HOME), such as the one that finetune train named at its "
+                "end"
             )
         of_folds = whole.predictions_of(POOLED)
         held_out = [*sorted(run.predictions.glob("*.npz")), *([of_folds] if whole != run and of_folds.exists() else [])]
