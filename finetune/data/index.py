@@ -333,7 +333,8 @@ def _check_classes(found: _Found, shown: str, notes: Notes) -> None:
             hint = _separator_hint(train) if name == first_alone else ""
             notes.problem(
                 _inside(place, name),
-                f"class {name!r} has 1 image; it takes at least 2, one to train on and one to validate on{hint}",
+                f"class {name!r} has 1 image; it takes at least 2, one to train on and one to validate on (a cross-validation "
+                f"takes 3){hint}",
             )
     others: tuple[Split, ...] = ("val", "test")
     for split in others:

@@ -96,7 +96,8 @@ def near_copies_noted(run: RunDir) -> tuple[str, ...]:
         only = f". Of {found['candidates']:,} likely pairs {found['compared']:,} were compared"
     return (
         f"Near duplicates of training images: {n_images} ({shown}{more}), so figures with them are too high{only}. "
-        "finetune check DATA --fix corrected.csv writes groups that keep copies on one side of a split",
+        "finetune check DATA --fix corrected.csv writes groups that keep copies on one side of a split, and training on the same "
+        "data with --set data.manifest=corrected.csv uses them",
     )
 
 

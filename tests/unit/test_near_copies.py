@@ -179,4 +179,5 @@ def test_a_job_gives_the_figures_without_the_copies_beside_the_others(tmp_path: 
     (said,) = [one for one in outcome.warnings if one.startswith("Near duplicates of training images: 3 test images")]
     page = run.report.read_text()
     assert "Near duplicates of training images: 3 test images" in page
-    assert said.endswith("writes groups that keep copies on one side of a split")
+    assert "finetune check DATA --fix corrected.csv writes groups" in said
+    assert said.endswith("with --set data.manifest=corrected.csv uses them")

@@ -52,7 +52,8 @@ class Leakage:
             f"{figure}: figures on {worst} are better than the model",
             tuple(self._evidence(records, worst, known[worst], twins[worst])),
             (
-                "keep copies on one side: remove them, or give the images of one object or one scene one group",
+                "keep copies on one side: remove them, or give the images of one object or one scene one group; finetune check "
+                "DATA --fix corrected.csv writes such groups, and --set data.manifest=corrected.csv uses them",
                 f"measurements/{records.run.neighbours.name} lists every {worst} image with its nearest training image; trust no "
                 "figure before the copies are gone",
             ),
