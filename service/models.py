@@ -45,7 +45,7 @@ class WrittenBundle:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A bundle in memory whose probes have both passed."""
+    """A bundle in memory that has passed its self-test."""
 
     bundle: WrittenBundle
     predictor: Predictor
@@ -223,7 +223,7 @@ class LoadedModels:
             raise no_such_model(name) from None
 
     def check_ready(self) -> None:
-        """Raise `NotReady` until the default model has passed its probes, or if the background thread has died."""
+        """Raise `NotReady` until the default model has passed its self-test, or if the background thread has died."""
         self.default()
         if not self._watcher.is_alive():
             raise NotReady("The thread that watches the models folder has stopped. Restart the server; its log has the cause")

@@ -169,7 +169,7 @@ def get_report(caller: Reading, server: Server, name: str, version: str) -> HTML
 
 @models_router.get("/{name}/versions/{version}/bundle", response_class=StreamingResponse, responses=BUNDLE_ANSWER)
 def get_bundle(caller: Reading, server: Server, name: str, version: str) -> StreamingResponse:
-    """Download the bundle of a version as a tar file: model, manifest, probe, card, calibration."""
+    """Download the bundle of a version as a tar file: model, manifest, self-test, card, calibration."""
     found = find_model(server, caller, f"{name}@{version}")
     pieces, size = bundle_archive(found, read_manifest(found.path))
     headers = {"Content-Length": str(size), "Content-Disposition": f'attachment; filename="{found.name}-{found.version}.tar"'}

@@ -43,7 +43,7 @@ CURVE_POINTS = 40  # of the drawn curve
 MATTERS = 0.005  # of the metric: the smallest gain that is worth more labels
 TOP1, PER_CLASS, MEAN_AP = "top1", "mean_per_class_accuracy", "map"
 METRIC_LABELS = {TOP1: "accuracy", PER_CLASS: "accuracy, mean over classes", MEAN_AP: "mean average precision"}
-Verdict = Literal["helps", "hardly helps", "cannot tell"]
+Benefit = Literal["helps", "hardly helps", "cannot tell"]
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class LabelsStudy:
         return "more images per class" if self.per_class else "more images"
 
     @property
-    def verdict(self) -> Verdict:
+    def verdict(self) -> Benefit:
         """Whether the gain from the largest projected number of images is at least `MATTERS`, is less, or is too uncertain."""
         gain = self.projections[-1].gain
         if not self.curve.fits:
