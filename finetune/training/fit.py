@@ -30,6 +30,7 @@ from finetune.model.classifier import Classifier
 from finetune.model.freeze import apply_freeze, frozen_digest, parameter_groups
 from finetune.model.selection import HEAD
 from finetune.progress import Progress, ProgressCallback, silent
+from finetune.runtime.allocator import retaining_memory
 from finetune.runtime.memory import memory_errors_named
 from finetune.runtime.seconds import Seconds, process_clock
 from finetune.storage.files import write_atomic
@@ -43,7 +44,6 @@ from finetune.training.evaluator import Evaluator, Forward, Prepare, Targets, cl
 from finetune.training.final_weights import FinalWeights, TrainBatches
 from finetune.training.interrupt import Interrupted, StopRequest
 from finetune.training.machine import Numerics, autocast, computing_with, place, prepare_images, to_device
-from finetune.training.memory import retaining_memory
 from finetune.training.mixing import mix, partners, step_seed
 from finetune.training.objectives import Objective
 from finetune.training.optim import build_optimizer, group_key, set_learning_rates
