@@ -28,7 +28,7 @@ from finetune.executors.process_parent import signal_when_parent_dies
 from finetune.jobs.history import updates
 from finetune.jobs.job import Event
 from finetune.jobs.sending import Reachable, Sender
-from finetune.runtime.memory import return_free_memory
+from finetune.runtime.allocator import return_free_memory
 from finetune.runtime.tracing import tracing_from_environment
 from finetune.storage.workspace import Workspace
 from service.admission import WorkQueue

@@ -19,8 +19,8 @@ import uvicorn
 from finetune.errors import Conflict, InvalidInput
 from finetune.jobs.database import DATABASE_VARIABLE, open_jobs
 from finetune.jobs.keys import KeyStore
+from finetune.runtime.allocator import limit_free_memory
 from finetune.runtime.logs import configure_logs
-from finetune.runtime.memory import limit_free_memory
 from service.asgi import create_app
 from service.connections import LimitedConnection
 from service.limits import KEEP_ALIVE_SECONDS
