@@ -11,9 +11,9 @@ from finetune.bundle.registry import Registry
 from finetune.cli.show_evaluation import EVALUATED_ON, show_figures, show_headline
 from finetune.cli.show_plan import show_notes
 from finetune.cli.terminal import shortened, table
+from finetune.errors import NotFound
 from finetune.evaluation.diagnose import read_diagnosis
 from finetune.evaluation.evaluate import MOST_INDEPENDENT_FIRST, UNSEEN, Evaluation, read_evaluation
-from finetune.errors import NotFound
 from finetune.evaluation.folds import FoldScore
 from finetune.events import Planned
 from finetune.messages import byte_size, duration, natural_list

@@ -141,8 +141,8 @@ class MlflowTracker:
             key, value = key_text(key), _rounded(value)
             if logged.get(key) == value:
                 continue
-            # A run of a comparison that is exported and registered later has higher costs then. MLflow shows the newest value, and
-            # allows one value for each model, key and time.
+            # Exporting and registering the chosen run of a comparison changes its costs after its end. MLflow shows the newest
+            # value, and allows one value for each model, key and time.
             metrics.append(Metric(key, value, now if key in logged else at, 0, model_id=model_id, **source))
         self._metrics(run_id, metrics)
 
