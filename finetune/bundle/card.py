@@ -244,7 +244,7 @@ def _limits(manifest: Manifest) -> list[str]:
 
 
 def _use(manifest: Manifest, reference: str) -> str:
-    calibration = Calibration.of(manifest.calibration) if task_named(manifest.task).exclusive else None
+    calibration = Calibration.of(manifest.calibration)
     asked = "" if calibration is None else f" --coverage 0.9{_abstaining(calibration)}"
     return f"```sh\nfinetune predict some.jpg --model {reference}{asked}\nfinetune serve --model {reference}\n```"
 

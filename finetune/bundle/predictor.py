@@ -124,7 +124,7 @@ class Predictor:
             Calibration.of(manifest.calibration),
             subspace,
             manifest.abstain.get("precision"),
-            exclusive=self.task.exclusive,
+            unavailable=self.task.why_no_prediction_sets,
         )
         self.model_bytes = model_bytes  # the size of model.onnx, about the memory that the session needs
         self._session = session

@@ -57,6 +57,11 @@ class Task(Protocol):
         ...
 
     @property
+    def description(self) -> str:
+        """How many labels an image has, as the reason that is recorded for a task that was chosen by the labels."""
+        ...
+
+    @property
     def noun(self) -> str:
         """What one of the outputs is called in messages: a class, or a label."""
         ...
@@ -69,6 +74,26 @@ class Task(Protocol):
     @property
     def smooths_labels(self) -> bool:
         """Whether label smoothing is used by default on data sets with many images."""
+        ...
+
+    @property
+    def needs_every_class(self) -> bool:
+        """Whether each class must have images of its own to train and to evaluate on, so that images are counted by class."""
+        ...
+
+    @property
+    def why_no_prediction_sets(self) -> str | None:
+        """Why a model can neither give prediction sets nor abstain, as the beginning of a sentence; None: it can do both."""
+        ...
+
+    @property
+    def probability_note(self) -> str:
+        """A sentence on what the probabilities of `predicted_and_true_probabilities` are of; empty: of the whole prediction."""
+        ...
+
+    @property
+    def reliability_axes(self) -> tuple[str, str, str]:
+        """The titles of the reliability diagram's axes: the probability, the measured share, and what is counted."""
         ...
 
     @property
@@ -106,6 +131,14 @@ class Task(Protocol):
         """Return the targets as the array that training and evaluation use, with N as its first axis."""
         ...
 
+    def indicators(self, targets: Targets) -> NDArray[np.float64]:
+        """Return for encoded targets (N, C), 1 where an image has the class; C may end with the last class that has an image."""
+        ...
+
+    def strata(self, targets: Targets) -> NDArray[np.int64]:
+        """Return (N,) the class by which each image is drawn in stratified subsets, for encoded targets."""
+        ...
+
     def probabilities(self, logits: Logits, temperature: float = 1.0) -> NDArray[np.float64]:
         """Return the probability of each class, (N, C), for logits (N, C)."""
         ...
@@ -128,6 +161,10 @@ class Task(Protocol):
 
     def uniform_loss(self, n_classes: int) -> float:
         """Return the loss, in nats, of predicting the same probability for every class."""
+        ...
+
+    def learning_curve(self, rows: Any) -> Mapping[str, float]:
+        """Return the figures of a learning curve by metric key: first the mean over images, last the mean over classes."""
         ...
 
     def class_counts(self, rows: Any) -> Sequence[tuple[int, int, int]]:
@@ -172,6 +209,10 @@ class Task(Protocol):
 
     def choose_thresholds(self, logits: Logits, targets: Targets) -> Thresholds | None:
         """Choose the (C,) thresholds of the logits on held-out images; None in a single-label task."""
+        ...
+
+    def default_thresholds(self, n_classes: int) -> tuple[float, ...] | None:
+        """Return the (C,) least probabilities of labels in a bundle without thresholds; None if the decision takes none."""
         ...
 
     def probability_thresholds(self, thresholds: Thresholds, temperature: float) -> tuple[float, ...]:

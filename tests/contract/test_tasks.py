@@ -97,6 +97,34 @@ def test_targets_are_encoded_one_row_an_image_and_read_back_as_text(task: Task) 
     assert len(task.encode([], N_CLASSES)) == 0
 
 
+def test_encoded_targets_say_which_classes_an_image_has_and_by_which_it_is_drawn(task: Task) -> None:
+    _, encoded, targets = labelled(task)
+    indicators, strata = task.indicators(encoded), task.strata(encoded)
+    assert indicators.dtype == np.float64
+    assert strata.shape == (len(targets),)
+    for target, row, stratum in zip(targets, indicators, strata, strict=True):
+        labels = [target] if isinstance(target, int) else list(target)
+        assert np.flatnonzero(row).tolist() == labels
+        assert stratum in (labels or [N_CLASSES])
+
+
+def test_a_learning_curve_is_of_metrics_of_the_task(task: Task) -> None:
+    logits, encoded, _ = labelled(task)
+    rows = task.image_results(logits, encoded)
+    found, metrics = task.learning_curve(rows), {metric.key: metric for metric in task.metrics}
+    assert next(iter(found)) == task.headline.key
+    assert found == pytest.approx({key: metrics[key].compute(rows) for key in found})
+    assert [metrics[key].over_classes for key in list(found)[1:]] == [True] * (len(found) - 1)
+
+
+def test_labels_are_given_from_the_default_thresholds_where_a_task_has_thresholds(task: Task) -> None:
+    logits, _, _ = labelled(task)
+    default = task.default_thresholds(N_CLASSES)
+    assert default is None or len(default) == N_CLASSES
+    for probs in task.probabilities(logits):
+        assert list(task.predict_labels(probs, None)) == list(task.predict_labels(probs, default))
+
+
 def test_probabilities_are_probabilities_and_a_temperature_changes_no_order(task: Task) -> None:
     logits, _, _ = labelled(task)
     cold, hot = task.probabilities(logits), task.probabilities(logits, 3.0)
