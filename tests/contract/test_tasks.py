@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import finetune
 from finetune.data.loader import Batch
+from finetune.doctor.label_findings import LABEL_FINDINGS
 from finetune.errors import InvalidInput, TrainingError
 from finetune.evaluation.evaluate import evaluate
 from finetune.evaluation.paired import paired_gain
@@ -22,6 +23,7 @@ from finetune.evaluation.predictions import Predictions
 from finetune.features.heads import HEAD_SOLVERS, head_solver
 from finetune.spec import LOSSES, JobSpec
 from finetune.tasks import TASKS, Target, Task, task_named
+from finetune.training.label_doubts import LABEL_DOUBTS
 from finetune.training.objectives import OBJECTIVES, objective_of
 
 N_CLASSES = 4
@@ -54,11 +56,12 @@ def predictions(task: Task, logits: np.ndarray, targets: np.ndarray) -> Predicti
     return Predictions("val", task.name, classes, ids, np.zeros((len(ids), 32), np.uint8), targets, logits)
 
 
-def test_every_task_has_a_name_an_objective_a_solved_head_and_labels_in_this_suite() -> None:
+def test_every_task_has_a_name_and_is_registered_in_every_layer_that_differs_between_tasks() -> None:
     names = [task.name for task in TASKS]
     assert len(set(names)) == len(names) >= 1
     assert sorted(objective.task for objective in OBJECTIVES) == sorted(names) == sorted(TARGETS)
     assert sorted(HEAD_SOLVERS) == sorted(LOSSES) == sorted(names)
+    assert sorted(LABEL_DOUBTS) == sorted(LABEL_FINDINGS) == sorted(names)
     assert all(task.losses == LOSSES[task.name] for task in TASKS)
     assert all(task_named(name).name == objective_of(name).task == name for name in names)
 
