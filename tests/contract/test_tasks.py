@@ -21,6 +21,7 @@ from finetune.evaluation.evaluate import evaluate
 from finetune.evaluation.paired import paired_gain
 from finetune.evaluation.predictions import Predictions
 from finetune.features.heads import HEAD_SOLVERS, head_solver
+from finetune.labelling.queries import QUERIES
 from finetune.spec import LOSSES, JobSpec
 from finetune.tasks import TASKS, Target, Task, task_named
 from finetune.training.label_doubts import LABEL_DOUBTS
@@ -61,7 +62,7 @@ def test_every_task_has_a_name_and_is_registered_in_every_layer_that_differs_bet
     assert len(set(names)) == len(names) >= 1
     assert sorted(objective.task for objective in OBJECTIVES) == sorted(names) == sorted(TARGETS)
     assert sorted(HEAD_SOLVERS) == sorted(LOSSES) == sorted(names)
-    assert sorted(LABEL_DOUBTS) == sorted(LABEL_FINDINGS) == sorted(names)
+    assert sorted(LABEL_DOUBTS) == sorted(LABEL_FINDINGS) == sorted(query.task for query in QUERIES) == sorted(names)
     assert all(task.losses == LOSSES[task.name] for task in TASKS)
     assert all(task_named(name).name == objective_of(name).task == name for name in names)
 
