@@ -26,7 +26,6 @@ class Multiclass:
     """The task with exactly one label per image."""
 
     name = "multiclass"
-    exclusive = True
     description = "every image has one label"
     noun = "class"
     losses = LOSSES["multiclass"]

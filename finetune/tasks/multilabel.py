@@ -42,7 +42,6 @@ class Multilabel:
     """The task with any number of labels per image, including none."""
 
     name = "multilabel"
-    exclusive = False
     description = "images have several labels, or none"
     noun = "label"
     losses = LOSSES["multilabel"]

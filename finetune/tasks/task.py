@@ -52,11 +52,6 @@ class Task(Protocol):
         ...
 
     @property
-    def exclusive(self) -> bool:
-        """Whether an image has exactly one label. Only then can prediction sets be requested."""
-        ...
-
-    @property
     def description(self) -> str:
         """How many labels an image has, as the reason that is recorded for a task that was chosen by the labels."""
         ...
