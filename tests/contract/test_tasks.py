@@ -356,6 +356,30 @@ def test_only_tasks_and_metrics_decide_which_class_an_answer_is() -> None:
     assert any(place.startswith("training/objectives/") for place in found), "the search finds something"
 
 
+def test_only_tasks_and_registrations_know_a_task_by_its_name() -> None:
+    """No module compares with the name of a task or takes one by its name: what differs is a member, or registered by name."""
+    root, names = Path(finetune.__file__).parent, {task.name for task in TASKS}
+    found, seen = [], 0
+    for folder in (root, root.parent / "service"):
+        for path in sorted(folder.rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                seen += isinstance(node, ast.Compare)
+                if _asked(node) & names:
+                    found.append(f"{path.relative_to(root.parent)}:{getattr(node, 'lineno', 0)}")
+    assert found == []
+    assert seen > 1000, "the search reads the modules"
+
+
+def _asked(node: ast.AST) -> set[object]:
+    """Return the constants that a node compares with, or takes a task by."""
+    parts: list[ast.AST] = []
+    if isinstance(node, ast.Compare | ast.MatchValue):
+        parts = list(ast.walk(node))
+    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "task_named":
+        parts = list(node.args)
+    return {part.value for part in parts if isinstance(part, ast.Constant)}
+
+
 def _is_argmax(node: ast.AST) -> bool:
     return isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "argmax"
 

@@ -30,7 +30,7 @@ from finetune.runs.shared import Shared
 from finetune.spec import JobSpec
 from finetune.storage.files import write_atomic
 from finetune.studies.labels.curve import Estimate, LearningCurve, nested, training_sizes
-from finetune.tasks import Task, task_named
+from finetune.tasks import Task, task_named, task_of
 from finetune.tasks.balance import ClassWeights
 
 HELD_OUT = 0.2
@@ -238,9 +238,9 @@ def measured(
 
     Args:
         features: (N, D), one row for each sample.
-        weighting: by default one label per image, and no weights.
+        weighting: by default the task that the labels ask for, and no weights.
     """
-    weighting = weighting or Weighting(task_named("multiclass"))
+    weighting = weighting or Weighting(task_of(targets_of(samples)))
     targets = weighting.task.encode(targets_of(samples), n_classes)
     strata = weighting.task.strata(targets)  # (N,)
     units = _units(samples, strata)
