@@ -159,9 +159,9 @@ def stage_left_out(stage: int) -> Iterator[None]:
 @contextmanager
 def stage_without_learning_rate(stage: int) -> Iterator[None]:
     """The optimiser's rate for this stage is zero at every step."""
-    from finetune.training import fit
+    from finetune.training import step as optimiser_step
 
-    original = fit.set_learning_rates
+    original = optimiser_step.set_learning_rates
 
     def rates(optimizer: Any, recipe: Any, step: int) -> Any:
         found = original(optimizer, recipe, step)
@@ -170,7 +170,7 @@ def stage_without_learning_rate(stage: int) -> Iterator[None]:
                 group["lr"] = 0.0
         return found
 
-    with mock.patch.object(fit, "set_learning_rates", rates):
+    with mock.patch.object(optimiser_step, "set_learning_rates", rates):
         yield
 
 

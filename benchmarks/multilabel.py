@@ -111,7 +111,7 @@ def differences(bundle: Path, files: Sequence[Path], home: Path) -> dict[str, fl
     from starlette.testclient import TestClient
 
     from service.asgi import create_app
-    from service.settings import Settings
+    from service.settings import ServerSettings
 
     files = files[:: max(1, len(files) // COMPARED)]
     predictor = Predictor.load(bundle)
@@ -122,7 +122,7 @@ def differences(bundle: Path, files: Sequence[Path], home: Path) -> dict[str, fl
     parity = predictor.manifest.parity
     found = {"torch": max(parity["max_prob_difference"], parity["max_prob_difference_from_bytes"])}
     found["mlflow"] = float(np.abs(ours - np.array([[row[name] for name in classes] for row in of_mlflow])).max())
-    with TestClient(create_app(Settings(home, model=str(bundle))), base_url="http://127.0.0.1") as client:
+    with TestClient(create_app(ServerSettings(home, model=str(bundle))), base_url="http://127.0.0.1") as client:
         while client.get("/readyz").status_code != 200:
             time.sleep(0.1)
         over_http = [client.post("/predict", files={"image": file.read_bytes()}).json()["scores"] for file in files]

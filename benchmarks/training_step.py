@@ -20,9 +20,9 @@ import torch
 
 from finetune.model.backbone import build_backbone
 from finetune.model.classifier import Classifier
+from finetune.runtime.allocator import retaining_memory
 from finetune.runtime.cores import available_cores
 from finetune.training.machine import Numerics, autocast, computes_bfloat16, computing_with, place, prepare_images
-from finetune.training.memory import retaining_memory
 
 
 def step_seconds(classifier: Classifier, images: torch.Tensor, numerics: Numerics) -> tuple[float, int]:

@@ -12,7 +12,7 @@
     │   └── WeightsError             weights_unavailable   2   422   pretrained weights that cannot be had or do not fit
     ├── NotFound                     not_found             2   404   a run, bundle, model, file or job that does not exist
     ├── Conflict                     conflict              1   409   an action that the present state does not allow
-    ├── BundleError                  invalid_bundle        1   409   a bundle that fails its checksums or its probes
+    ├── BundleError                  invalid_bundle        1   409   a bundle that fails its checksums or its self-test
     ├── ExportError                  export_failed         1   500   a model that ONNX cannot express or that differs there
     ├── TrainingError                training_failed       1   500   training that cannot go on (diverged)
     │   ├── OutOfMemory              out_of_memory         1   500   training that needs more memory than there is

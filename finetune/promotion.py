@@ -1,6 +1,6 @@
 """Promote a version: check it, then move the alias or the server's default, and record who did it and what was checked.
 
-The checks are: the bundle's checksums and both of its probes (by loading it), the parity that was measured at export, minimum
+The checks are: the bundle's checksums and its self-test (by loading it), the parity that was measured at export, minimum
 values of metrics, the same classes as the replaced version, and not worse than that version on the test images that both have
 predicted and neither was trained or chosen on. Torch-free.
 """
@@ -52,7 +52,7 @@ def check_version(
         manifest = Predictor.load(candidate.path).manifest
     except BundleError as error:
         return [Check("loads", False, str(error).removeprefix(f"{candidate.path}: "))]
-    checks = [Check("loads", True, "checksums and both probes hold"), _parity(manifest)]
+    checks = [Check("loads", True, "checksums are right and the self-test passes"), _parity(manifest)]
     checks += [_reaches(manifest, metric, least) for metric, least in sorted(minimum.items())]
     if present is not None and present.path != candidate.path:
         checks.append(_same_classes(manifest, present))

@@ -10,7 +10,7 @@ import click
 
 from finetune.errors import FinetuneError
 from service.server import DEFAULT_HOST, DEFAULT_PORT, serve
-from service.settings import Settings
+from service.settings import ServerSettings
 
 
 @click.command()
@@ -21,7 +21,7 @@ from service.settings import Settings
 def main(host: str, port: int, model: str | None, worker: bool) -> None:
     """Serve predictions and fine-tuning jobs over HTTP: POST /predict, /v1/fine_tuning/jobs, and a page at /."""
     try:
-        settings = dataclasses.replace(Settings.from_environment(), worker=worker)
+        settings = dataclasses.replace(ServerSettings.from_environment(), worker=worker)
         if model is not None:
             settings = dataclasses.replace(settings, model=str(Path(model).absolute()) if Path(model).is_dir() else model)
         serve(settings, host, port)

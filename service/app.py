@@ -14,9 +14,9 @@ from pathlib import Path
 from finetune.bento import models_in_bento
 from service.asgi import create_api, with_middleware
 from service.bento import build_service
-from service.settings import Settings
+from service.settings import ServerSettings
 
-_settings = Settings.from_environment()
+_settings = ServerSettings.from_environment()
 if _settings.model is None:
     _settings = replace(_settings, models=models_in_bento(Path(__file__).resolve().parents[1]))
 

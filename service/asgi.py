@@ -28,7 +28,7 @@ from finetune.executors.process_parent import signal_when_parent_dies
 from finetune.jobs.history import updates
 from finetune.jobs.job import Event
 from finetune.jobs.sending import Reachable, Sender
-from finetune.runtime.memory import return_free_memory
+from finetune.runtime.allocator import return_free_memory
 from finetune.runtime.tracing import tracing_from_environment
 from finetune.storage.workspace import Workspace
 from service.admission import WorkQueue
@@ -69,7 +69,7 @@ from service.samples import InputSampler
 from service.schemas.batch_predictions import BATCH_SCHEMAS
 from service.schemas.job_create import JOB_SCHEMAS
 from service.schemas.jobs import event_document
-from service.settings import Settings
+from service.settings import ServerSettings
 from service.shadows import Shadows
 from service.spec_check import SpecChecker
 from service.state import Database, ModelAccess, ServerState
@@ -98,12 +98,12 @@ class Api(FastAPI):
         return document
 
 
-def create_app(settings: Settings) -> ASGIApp:
+def create_app(settings: ServerSettings) -> ASGIApp:
     """Return the complete application. Models and worker start and stop with its lifespan."""
     return with_middleware(create_api(settings), settings)
 
 
-def with_middleware(api: FastAPI, settings: Settings) -> ASGIApp:
+def with_middleware(api: FastAPI, settings: ServerSettings) -> ASGIApp:
     """Return the app wrapped in the middleware, which is added from the innermost to the outermost."""
     state: ServerState = api.state.server
     buffered = BufferedBodies()
@@ -122,7 +122,7 @@ def with_middleware(api: FastAPI, settings: Settings) -> ASGIApp:
     return app if state.tracing is None else TracingMiddleware(app, state.tracing)
 
 
-def create_api(settings: Settings, *, supervised: bool = False) -> FastAPI:
+def create_api(settings: ServerSettings, *, supervised: bool = False) -> FastAPI:
     """Return the FastAPI app with its routes and, in ``app.state.server``, their shared state.
 
     Args:

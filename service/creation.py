@@ -108,7 +108,7 @@ class Submission:
         """
         if self.server.models.registry.has(name):
             return self.server.may_change(self.caller, name)
-        deployed = {reference.partition("@")[0] for _, reference in self.server.models.parts()}
+        deployed = {one.reference.partition("@")[0] for one in self.server.models.deployed()}
         return self.caller.is_admin or name not in deployed
 
     def _create(

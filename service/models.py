@@ -45,7 +45,7 @@ class WrittenBundle:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A bundle in memory whose probes have both passed."""
+    """A bundle in memory that has passed its self-test."""
 
     bundle: WrittenBundle
     predictor: Predictor
@@ -62,12 +62,21 @@ class LoadedModel:
         return f"{self.name}@{self.version}"
 
 
-SHADOW = "the shadow of the server's default"
+Role = Literal["pinned", "default", "canary", "shadow"]
+"""What a model is for requests without a model name. A pinned one was named when the server started; a shadow does not answer."""
+
+
+@dataclass(frozen=True)
+class Deployed:
+    """A model that requests without a model name go to."""
+
+    role: Role
+    reference: str
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The model that handles one request to the default, and its role."""
+    """The model that answers one request without a model name, its role, and the shadow that repeats the request."""
 
     model: LoadedModel
     role: Literal["default", "canary"]
@@ -143,15 +152,18 @@ class LoadedModels:
         """Return the deployment of the default as last read; None if there is none."""
         return self._deployment
 
-    def parts(self) -> Sequence[tuple[str, str]]:
-        """Return what answers requests without a model name, and the shadow: (what it is, its reference)."""
+    def deployed(self) -> Sequence[Deployed]:
+        """Return the registered models that requests without a model name go to."""
         if self.pinned is not None:
-            return () if self.serves_a_folder else (("the model that the server was started with", self.pinned),)
-        deployed = self._deployment
-        if deployed is None:
+            return () if self.serves_a_folder else (Deployed("pinned", self.pinned),)
+        if self._deployment is None:
             return ()
-        shares = (("the canary of the server's default", deployed.canary), (SHADOW, deployed.shadow))
-        return (("the server's default", deployed.reference), *((what, share.reference) for what, share in shares if share))
+        found = [Deployed("default", self._deployment.reference)]
+        if self._deployment.canary is not None:
+            found.append(Deployed("canary", self._deployment.canary.reference))
+        if self._deployment.shadow is not None:
+            found.append(Deployed("shadow", self._deployment.shadow.reference))
+        return found
 
     def choose(self, may_use: Callable[[LoadedModel], bool] = lambda _: True) -> Choice:
         """Choose the model for the next request to the default, and its shadow, at random by their percentages.
@@ -223,7 +235,7 @@ class LoadedModels:
             raise no_such_model(name) from None
 
     def check_ready(self) -> None:
-        """Raise `NotReady` until the default model has passed its probes, or if the background thread has died."""
+        """Raise `NotReady` until the default model has passed its self-test, or if the background thread has died."""
         self.default()
         if not self._watcher.is_alive():
             raise NotReady("The thread that watches the models folder has stopped. Restart the server; its log has the cause")

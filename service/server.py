@@ -19,12 +19,12 @@ import uvicorn
 from finetune.errors import Conflict, InvalidInput
 from finetune.jobs.database import DATABASE_VARIABLE, open_jobs
 from finetune.jobs.keys import KeyStore
+from finetune.runtime.allocator import limit_free_memory
 from finetune.runtime.logs import configure_logs
-from finetune.runtime.memory import limit_free_memory
 from service.asgi import create_app
 from service.connections import LimitedConnection
 from service.limits import KEEP_ALIVE_SECONDS
-from service.settings import Settings
+from service.settings import ServerSettings
 
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 3000
@@ -40,7 +40,7 @@ class PortTaken(Conflict):
     code = "port_taken"
 
 
-def serve(settings: Settings, host: str = DEFAULT_HOST, port: int = DEFAULT_PORT) -> None:
+def serve(settings: ServerSettings, host: str = DEFAULT_HOST, port: int = DEFAULT_PORT) -> None:
     """Serve until SIGTERM or SIGINT, then finish the requests in flight and return.
 
     Raises:

@@ -23,7 +23,7 @@ LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "[::1]")
 
 
 @dataclass(frozen=True)
-class Settings:
+class ServerSettings:
     """One server's settings.
 
     Args:
@@ -81,16 +81,16 @@ class Settings:
     def files_folder(self) -> Path:
         return self.home / "files"
 
-    def answering_to(self, address: str) -> Settings:
+    def answering_to(self, address: str) -> ServerSettings:
         """Return the settings with an IP address added to the allowed hosts."""
         name = f"[{address}]" if ":" in address else address
         return self if name in self.allowed_hosts else replace(self, allowed_hosts=(*self.allowed_hosts, name))
 
     @staticmethod
-    def from_environment(environment: Mapping[str, str] = os.environ) -> Settings:
+    def from_environment(environment: Mapping[str, str] = os.environ) -> ServerSettings:
         """Read the settings from environment variables. Raises InvalidInput for an invalid value."""
         names = _names(environment, "FINETUNE_ALLOWED_HOSTS")
-        return Settings(
+        return ServerSettings(
             home=Path(environment.get("FINETUNE_HOME", ".finetune")).absolute(),
             model=environment.get("FINETUNE_MODEL") or None,
             threads=_positive(environment, "FINETUNE_THREADS", default=available_cores()),

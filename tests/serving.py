@@ -19,7 +19,7 @@ from starlette.testclient import TestClient
 
 from finetune.bundle.registry import Registry
 from service.asgi import create_app
-from service.settings import Settings
+from service.settings import ServerSettings
 
 URL = "http://127.0.0.1"
 START_SECONDS = 240  # for a server to answer, on a machine that is busy
@@ -29,7 +29,7 @@ END_SECONDS = 240  # for a server that was told to stop: a bound for a hang, nev
 @contextlib.contextmanager
 def in_process(home: Path, *, wait: bool = True, **settings: object) -> Iterator[TestClient]:
     """A client of the whole application without a port. Waits until the default model is loaded."""
-    app = create_app(Settings(home, watch_seconds=0.02, threads=2, **settings))  # type: ignore[arg-type]
+    app = create_app(ServerSettings(home, watch_seconds=0.02, threads=2, **settings))  # type: ignore[arg-type]
     with TestClient(app, base_url=URL) as client:
         if wait:
             until(lambda: client.get("/readyz").status_code == 200)

@@ -18,8 +18,8 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from finetune.bundle.calibration import HELD_OUT, Calibration, write_subspace
-from finetune.bundle.manifest import DRIFT, MODEL, NOVELTY, PROBE, WEIGHTS, Manifest, write_manifest
-from finetune.bundle.predictor import write_probe
+from finetune.bundle.manifest import DRIFT, MODEL, NOVELTY, SELF_TEST, WEIGHTS, Manifest, write_manifest
+from finetune.bundle.predictor import write_self_test
 from finetune.bundle.preprocess import Preprocess
 from finetune.bundle.weights import METADATA_KEY
 from finetune.metrics.novelty import Subspace
@@ -57,7 +57,7 @@ def write_bundle(
     encoded = [picture(colour) for colour in COLOURS]
     images = np.stack([PREPROCESS.load(data) for data in encoded])
     logits = (images / np.float32(255)).mean(axis=(1, 2)) @ WEIGHT
-    write_probe(folder / PROBE, encoded, images, logits.astype(np.float32))
+    write_self_test(folder / SELF_TEST, encoded, images, logits.astype(np.float32))
     if subspace is not None:
         write_subspace(folder / NOVELTY, subspace)
     if reference is not None:

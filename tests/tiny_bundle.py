@@ -1,7 +1,7 @@
 """A small true bundle, made in milliseconds without torch: normalise → conv → global average pool → linear, in ONNX's own terms.
 
 For tests of whatever reads, serves or registers bundles. Weights are random but seeded; everything else is as in a real bundle:
-the class activation map's mean plus the bias is the logit, and both probes hold.
+the class activation map's mean plus the bias is the logit, and the self-test passes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from finetune.bundle.manifest import Manifest, write_manifest
-from finetune.bundle.predictor import Seen, write_probe
+from finetune.bundle.predictor import Seen, write_self_test
 from finetune.bundle.preprocess import Preprocess
 
 CLASSES = ("ash", "beech", "cedar", 'Dörrobst & "quotes"', "elm")
@@ -106,7 +106,7 @@ def tiny_manifest(
     )
 
 
-def probe_files() -> list[bytes]:
+def self_test_files() -> list[bytes]:
     """Three encoded images: a turned JPEG, a textured one, a PNG with alpha."""
     noise = np.random.default_rng(3).integers(0, 256, (12, 16, 3), np.uint8)
     photo = Image.fromarray(noise).resize((160, 120), Image.Resampling.BICUBIC)
@@ -133,9 +133,9 @@ def write_tiny_bundle(
     model = tiny_model(preprocess, weights(len(classes), seed), cam=cam)
     helper.set_model_props(model, manifest.model_metadata())
     (folder / "model.onnx").write_bytes(model.SerializeToString())
-    files = probe_files()
+    files = self_test_files()
     images = np.stack([preprocess.load(data) for data in files])
-    write_probe(folder / "probe.npz", files, images, logits_of(model, images), seen or Seen())
+    write_self_test(folder / "probe.npz", files, images, logits_of(model, images), seen or Seen())
     return write_manifest(folder, manifest)
 
 

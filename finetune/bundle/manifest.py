@@ -20,7 +20,7 @@ SCHEMA_VERSION = 1
 
 MANIFEST = "bundle.json"
 MODEL = "model.onnx"
-PROBE = "probe.npz"
+SELF_TEST = "probe.npz"
 NOVELTY = "novelty.npz"  # the subspace of the embeddings of known images; not in every bundle
 DRIFT = "drift.npz"  # predictions on held-out images, to compare live ones with (`finetune.monitoring`); not in every bundle
 WEIGHTS = "weights.safetensors"  # for further training and other formats (`finetune.bundle.weights`); not in older bundles
@@ -159,10 +159,10 @@ def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
     Raises:
         BundleError: a file is missing, or the manifest is not valid.
     """
-    missing = [name for name in (MODEL, PROBE) if not (folder / name).is_file()]
+    missing = [name for name in (MODEL, SELF_TEST) if not (folder / name).is_file()]
     if missing:
         raise BundleError(f"{folder}: cannot become a bundle without {' and '.join(missing)}")
-    present = [name for name in (MODEL, PROBE, NOVELTY, DRIFT, WEIGHTS, CARD) if (folder / name).is_file()]
+    present = [name for name in (MODEL, SELF_TEST, NOVELTY, DRIFT, WEIGHTS, CARD) if (folder / name).is_file()]
     hashed = dataclasses.replace(manifest, files={name: sha256_file(folder / name) for name in present})
     checked = Manifest.from_json(hashed.to_json())
     write_json(folder / MANIFEST, checked.to_dict())

@@ -1,7 +1,8 @@
 """Load a bundle, verify it, and predict labels and class activation maps with ONNX Runtime.
 
-Loading verifies all checksums, and then two probes, which distinguish a wrong model from a wrong decoding or preprocessing. Needs
-only onnxruntime, numpy and Pillow.
+Loading verifies all checksums and then runs the self-test: the bundle contains images with the pixels and logits that they must
+give. Pixels and logits are checked separately, which tells a wrong model from wrong decoding or preprocessing. Needs only
+onnxruntime, numpy and Pillow.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from finetune.bundle.calibration import (
     parse_subspace,
 )
 from finetune.bundle.image_limits import DEFAULT_LIMITS, ImageLimits
-from finetune.bundle.manifest import MANIFEST, MODEL, NOVELTY, PROBE, WEIGHTS, Manifest, metadata_problems, read_manifest
+from finetune.bundle.manifest import MANIFEST, MODEL, NOVELTY, SELF_TEST, WEIGHTS, Manifest, metadata_problems, read_manifest
 from finetune.bundle.preprocess import Preprocess
 from finetune.errors import BundleError, ImageError, InvalidInput, Problem
 from finetune.metrics.novelty import Subspace
@@ -39,9 +40,11 @@ from finetune.tasks import task_named
 SEEN_BYTES = 8  # of a sha256; the probability that two of a million files share them is 1 in 37 million
 
 # Processors and builds of the JPEG decoder differ in the last bit. A wrong weight, filter, orientation or channel order causes
-# much larger differences: tests/unit/test_bundle_predictor.py shows what each of them does to the probes.
+# much larger differences: tests/unit/test_bundle_predictor.py shows what each of them does to the self-test.
 LOGITS_TOLERANCE = 1e-3  # relative to the largest logit, absolute if that is below 1
 PIXELS_TOLERANCE = 0.25  # grey levels, mean over an image
+
+_MODEL_SELF_TEST = "model self-test (arrays → logits)"
 
 # The key of external data in a serialised tensor (tag 1, length 8). ONNX Runtime would read the file that it names.
 _EXTERNAL_DATA = b"\x0a\x08location"
@@ -98,8 +101,8 @@ class SeveralLabels:
 
 
 @dataclass(frozen=True)
-class Probe:
-    """Known results in a bundle: encoded images, their preprocessed pixels, and the logits of these."""
+class SelfTest:
+    """Images in a bundle with the results that they must give: files, their preprocessed pixels, and the logits of these."""
 
     encoded: tuple[bytes, ...]  # N files
     images: np.ndarray  # (N, h, w, 3) uint8
@@ -135,11 +138,11 @@ class Predictor:
 
         Args:
             threads: that each call of `run` uses.
-            provider: with another one than the CPU, the model probe compares its logits with those of the CPU at export.
+            provider: on another one than the CPU, the self-test compares its logits with those that the CPU gave at export.
 
         Raises:
-            BundleError: a file is missing or was changed, the model cannot be opened or does not fit the manifest, or a probe
-                fails; the message says which.
+            BundleError: a file is missing or was changed, the model cannot be opened or does not fit the manifest, or the
+                self-test fails; the message says which.
         """
         manifest = read_manifest(folder)
         contents = _verified_contents(folder, manifest)
@@ -147,7 +150,7 @@ class Predictor:
         _check_signature(folder, manifest, session)
         subspace = parse_subspace(folder, contents[NOVELTY]) if NOVELTY in contents else None
         predictor = cls(manifest, session, model_bytes=len(contents[MODEL]), subspace=subspace)
-        _check_probes(folder, predictor, _parse_probe(folder, contents[PROBE]))
+        _check_self_test(folder, predictor, _parse_self_test(folder, contents[SELF_TEST]))
         return predictor
 
     def run(self, images: np.ndarray) -> Outputs:
@@ -238,11 +241,11 @@ class Seen:
         return bytes.fromhex(sha256)[:SEEN_BYTES] in self.val
 
 
-def write_probe(path: Path, encoded: Sequence[bytes], images: np.ndarray, logits: np.ndarray, seen: Seen = Seen()) -> None:
-    """Write the probe of a bundle, and the images that the model was trained and chosen on, as plain arrays, without pickle.
+def write_self_test(path: Path, encoded: Sequence[bytes], images: np.ndarray, logits: np.ndarray, seen: Seen = Seen()) -> None:
+    """Write the self-test of a bundle, and the images that the model was trained and chosen on, as arrays without pickle.
 
     Args:
-        encoded, images, logits: of the probe: N files, (N, h, w, 3) uint8, (N, C) float32.
+        encoded, images, logits: of the self-test: N files, (N, h, w, 3) uint8, (N, C) float32.
     """
     arrays: dict[str, Any] = {
         "lengths": np.array([len(data) for data in encoded], np.int64),
@@ -257,7 +260,7 @@ def write_probe(path: Path, encoded: Sequence[bytes], images: np.ndarray, logits
 
 def read_seen(folder: Path) -> Seen | None:
     """Return the images that the model of the bundle in `folder` was trained and chosen on; None for bundles without them."""
-    with np.load(folder / PROBE, allow_pickle=False) as arrays:
+    with np.load(folder / SELF_TEST, allow_pickle=False) as arrays:
         if "seen_train" not in arrays:
             return None
         return Seen(*(frozenset(row.tobytes() for row in arrays[name]) for name in ("seen_train", "seen_val")))
@@ -268,31 +271,31 @@ def _as_rows(digests: frozenset[bytes]) -> np.ndarray:
     return np.frombuffer(b"".join(sorted(digests)), np.uint8).reshape(-1, SEEN_BYTES)
 
 
-def read_probe(path: Path) -> Probe:
-    """Return the probe in a file that `write_probe` wrote.
+def read_self_test(path: Path) -> SelfTest:
+    """Return the self-test in a file that `write_self_test` wrote.
 
     Raises:
-        BundleError: the file is not a probe.
+        BundleError: the file holds no self-test.
     """
-    return _parse_probe(path.parent, path.read_bytes())
+    return _parse_self_test(path.parent, path.read_bytes())
 
 
-def _parse_probe(folder: Path, data: bytes) -> Probe:
-    """Return the probe in the content of a file; errors name `folder`."""
+def _parse_self_test(folder: Path, data: bytes) -> SelfTest:
+    """Parse the content of a self-test file; errors name `folder`."""
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             ends = np.cumsum(arrays["lengths"])
             joined = arrays["encoded"].tobytes()
             encoded = tuple(joined[end - length : end] for length, end in zip(arrays["lengths"], ends, strict=True))
-            probe = Probe(encoded, arrays["images"], arrays["logits"])
+            known = SelfTest(encoded, arrays["images"], arrays["logits"])
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise BundleError(f"{folder}: {PROBE} cannot be read: {error}. Export the bundle again") from None
-    if not len(probe.encoded) == len(probe.images) == len(probe.logits) >= 1:
-        counts = f"{len(probe.encoded)} files, {len(probe.images)} arrays and {len(probe.logits)} logits"
+        raise BundleError(f"{folder}: {SELF_TEST} cannot be read: {error}. Export the bundle again") from None
+    if not len(known.encoded) == len(known.images) == len(known.logits) >= 1:
+        counts = f"{len(known.encoded)} files, {len(known.images)} arrays and {len(known.logits)} logits"
         raise BundleError(
-            f"{folder}: {PROBE} holds {counts}; it needs the same number of each, at least 1. Export the bundle again"
+            f"{folder}: {SELF_TEST} holds {counts}; it needs the same number of each, at least 1. Export the bundle again"
         )
-    return probe
+    return known
 
 
 def _verified_contents(folder: Path, manifest: Manifest) -> dict[str, bytes]:
@@ -304,7 +307,7 @@ def _verified_contents(folder: Path, manifest: Manifest) -> dict[str, bytes]:
         BundleError: a file is missing or has another checksum; the problems name all of them.
     """
     contents: dict[str, bytes] = {}
-    problems = [Problem(name, f"{MANIFEST} has no checksum for it") for name in (MODEL, PROBE) if name not in manifest.files]
+    problems = [Problem(name, f"{MANIFEST} has no checksum for it") for name in (MODEL, SELF_TEST) if name not in manifest.files]
     for name, expected in manifest.files.items():
         if name == WEIGHTS:
             continue
@@ -368,43 +371,43 @@ def _check_signature(folder: Path, manifest: Manifest, session: onnxruntime.Infe
         raise BundleError(f"{folder}: {MODEL} does not belong to this {MANIFEST}. Export the bundle again", problems)
 
 
-def _check_probes(folder: Path, predictor: Predictor, probe: Probe) -> None:
+def _check_self_test(folder: Path, predictor: Predictor, known: SelfTest) -> None:
     """Check the two parts separately: known pixels give known logits (the model), known files give known pixels (preprocessing).
 
     Raises:
-        BundleError: a probe fails.
+        BundleError: one of them fails; the problems name all that do.
     """
-    problems = [*_model_problems(predictor, probe), *_image_problems(predictor.manifest.preprocess, probe)]
+    problems = [*_model_problems(predictor, known), *_image_problems(predictor.manifest.preprocess, known)]
     if problems:
         raise BundleError(f"{folder}: the bundle does not give its known answers here", problems)
 
 
-def _model_problems(predictor: Predictor, probe: Probe) -> list[Problem]:
-    """Return a problem if the model computes other logits from the probe's pixels."""
+def _model_problems(predictor: Predictor, known: SelfTest) -> list[Problem]:
+    """Return a problem if the model computes other logits from the pixels of the self-test."""
     try:
-        logits = predictor.run(probe.images).logits
+        logits = predictor.run(known.images).logits
     except (InvalidInput, *ORT_ERRORS) as error:
-        return [Problem("model probe (arrays → logits)", f"{MODEL} cannot run them: {error}")]
-    if logits.shape != probe.logits.shape:
-        return [Problem("model probe (arrays → logits)", f"logits have shape {logits.shape}, {PROBE} has {probe.logits.shape}")]
+        return [Problem(_MODEL_SELF_TEST, f"{MODEL} cannot run them: {error}")]
+    if logits.shape != known.logits.shape:
+        return [Problem(_MODEL_SELF_TEST, f"logits have shape {logits.shape}, {SELF_TEST} has {known.logits.shape}")]
     share = predictor.manifest.model.get("logits_tolerance", LOGITS_TOLERANCE)  # larger for an int8 model
-    allowed = share * max(1.0, float(np.abs(probe.logits).max()))
-    worst = float(np.abs(logits - probe.logits).max())
+    allowed = share * max(1.0, float(np.abs(known.logits).max()))
+    worst = float(np.abs(logits - known.logits).max())
     if worst <= allowed:  # false for NaN as well
         return []
     return [
         Problem(
-            "model probe (arrays → logits)",
+            _MODEL_SELF_TEST,
             f"logits are off by {worst:.2g}, allowed are {allowed:.2g}: the model computes otherwise",
         )
     ]
 
 
-def _image_problems(preprocess: Preprocess, probe: Probe) -> list[Problem]:
-    """Return a problem for each file of the probe that is decoded or preprocessed into other pixels."""
+def _image_problems(preprocess: Preprocess, known: SelfTest) -> list[Problem]:
+    """Return a problem for each file of the self-test that is decoded or preprocessed into other pixels."""
     problems = []
-    for index, (encoded, expected) in enumerate(zip(probe.encoded, probe.images, strict=True)):
-        where = f"image probe {index} (bytes → array)"
+    for index, (encoded, expected) in enumerate(zip(known.encoded, known.images, strict=True)):
+        where = f"image self-test {index} (bytes → array)"
         try:
             pixels = preprocess.load(encoded)
         except ImageError as error:

@@ -103,7 +103,7 @@ def pull(address: str, name: str | None) -> None:
 
     registry = workspace_registry()
     bundle = registry.locate(address)
-    manifest = Predictor.load(bundle).manifest  # it must answer its own probe before it may become a version
+    manifest = Predictor.load(bundle).manifest  # it must pass its self-test before it may become a version
     table = bundle / PREDICTIONS
     damage = problem_of_table(table, manifest.task, manifest.classes) if table.exists() else "is not there"
     name = name or manifest.name

@@ -105,8 +105,10 @@ def _two_means(points: Floats, rng: np.random.Generator) -> tuple[Floats, Floats
         centres[1] = points[int(rng.choice(len(points), p=far / far.sum()))] if far.sum() > 0 else points[0]
         for _ in range(ROUNDS):
             squares = np.square(points[:, None] - centres).sum(axis=2)  # (N, 2)
-            owner = squares.argmin(axis=1)
-            centres = np.stack([points[owner == one].mean(axis=0) if (owner == one).any() else centres[one] for one in (0, 1)])
+            nearest = squares.argmin(axis=1)
+            centres = np.stack(
+                [points[nearest == one].mean(axis=0) if (nearest == one).any() else centres[one] for one in (0, 1)]
+            )
         if (loss := float(squares.min(axis=1).sum())) < least:
             best, least = (centres[0], centres[1]), loss
     return best
@@ -115,8 +117,8 @@ def _two_means(points: Floats, rng: np.random.Generator) -> tuple[Floats, Floats
 def _described(label: int, apart: float, members: NDArray[np.int64], points: Floats, n_shown: int) -> Groups:
     centres = np.stack(_two_means(points, np.random.default_rng(label)))
     squares = np.square(points[:, None] - centres).sum(axis=2)
-    owner = squares.argmin(axis=1)
-    order = sorted((0, 1), key=lambda one: -int((owner == one).sum()))
-    typical = [np.argsort(np.where(owner == group, squares[:, group], np.inf))[:n_shown] for group in order]
+    nearest = squares.argmin(axis=1)
+    order = sorted((0, 1), key=lambda one: -int((nearest == one).sum()))
+    typical = [np.argsort(np.where(nearest == group, squares[:, group], np.inf))[:n_shown] for group in order]
     first, second = (tuple(int(members[one]) for one in of_group) for of_group in typical)
-    return Groups(label, apart, float((owner == order[1]).mean()), first, second)
+    return Groups(label, apart, float((nearest == order[1]).mean()), first, second)

@@ -33,7 +33,7 @@ class Reference:
 
     outputs: Outputs  # without a cam: the exported one is checked by its mean
     head_bias: NDArray[np.float32]  # (C,)
-    source: str  # in words: what computed them
+    computed_by: str  # in words
     when_agreed: Callable[[], None] = lambda: None  # is called when the exported model agrees with them
 
 
@@ -56,7 +56,7 @@ class Parity:
     n_from_bytes: int
     max_prob_difference_from_bytes: float
     n_flips_from_bytes: int
-    reference: str  # as `Reference.source`
+    reference: str  # as `Reference.computed_by`
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values, with the tolerances that were applied."""
@@ -129,7 +129,7 @@ def parity(
         n_from_bytes=len(from_bytes),
         max_prob_difference_from_bytes=_largest_difference(expected.probs[: len(from_bytes)], from_bytes),
         n_flips_from_bytes=n_flips_from_bytes,
-        reference=reference.source,
+        reference=reference.computed_by,
     )
 
 

@@ -1,4 +1,4 @@
-"""Write a bundle: model, manifest and probe in a folder that appears only when it is complete and has been checked.
+"""Write a bundle: model, manifest and self-test in a folder that appears only when it is complete and has been checked.
 
 Torch-free: the model is passed as an ONNX file, and the trained network's outputs as a `Reference`.
 """
@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from finetune import __version__
 from finetune.bundle.calibration import write_subspace
 from finetune.bundle.card import model_card
-from finetune.bundle.manifest import CARD, DRIFT, MODEL, NOVELTY, PROBE, WEIGHTS, Manifest, OutputName, write_manifest
-from finetune.bundle.predictor import Predictor, Seen, write_probe
+from finetune.bundle.manifest import CARD, DRIFT, MODEL, NOVELTY, SELF_TEST, WEIGHTS, Manifest, OutputName, write_manifest
+from finetune.bundle.predictor import Predictor, Seen, write_self_test
 from finetune.bundle.preprocess import Preprocess
 from finetune.data.dataset import Sample
 from finetune.errors import ExportError
@@ -117,7 +117,7 @@ def export_bundle(
 
     Args:
         samples: images of the dataset, preferably those of val; the export is compared with the trained network on them, and
-            some become the probe.
+            some become the self-test.
         threads: for running the model.
         quantize: an int8 model is kept only if it is as good on `samples`; ``manifest.model["quantization"]`` records the result.
         training: images that int8 is calibrated on; by default `samples`.
@@ -192,7 +192,7 @@ def _write(
     """Write all files, the manifest last."""
     described = with_metadata(model, manifest.model_metadata())
     write_atomic(folder / MODEL, lambda stream: stream.write(described))
-    write_probe(folder / PROBE, encoded, images, predictor.run(images).logits, facts.seen)
+    write_self_test(folder / SELF_TEST, encoded, images, predictor.run(images).logits, facts.seen)
     if facts.subspace is not None:
         write_subspace(folder / NOVELTY, facts.subspace)
     if facts.reference is not None:

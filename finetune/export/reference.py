@@ -12,12 +12,12 @@ from finetune.export.graph import DeployModule, evaluating, head_of
 from finetune.export.template import Head
 from finetune.training.objectives import objective_of
 
-_SOURCE = f"torch {torch.__version__} in the process that exported"
+_COMPUTED_BY = f"torch {torch.__version__} in the process that exported"
 
 
 def torch_reference(module: DeployModule, images: NDArray[np.uint8]) -> Reference:
     """Return the outputs of `module` for images (N, h, w, 3) uint8 as a reference."""
-    return Reference(torch_outputs(module, images), head_of(module.classifier).bias, _SOURCE)
+    return Reference(torch_outputs(module, images), head_of(module.classifier).bias, _COMPUTED_BY)
 
 
 def head_reference(embeddings: NDArray[np.float32], head: Head, temperature: float, task: str) -> Reference:
@@ -26,7 +26,7 @@ def head_reference(embeddings: NDArray[np.float32], head: Head, temperature: flo
         weight, bias, values = (torch.from_numpy(array) for array in (head.weight, head.bias, embeddings))
         logits = torch.nn.functional.linear(values, weight, bias)
         probs = objective_of(task).probabilities(logits / temperature)
-    return Reference(Outputs(probs.numpy(), logits.numpy(), embeddings, cam=None), head.bias, _SOURCE)
+    return Reference(Outputs(probs.numpy(), logits.numpy(), embeddings, cam=None), head.bias, _COMPUTED_BY)
 
 
 def torch_outputs(module: DeployModule, images: NDArray[np.uint8]) -> Outputs:

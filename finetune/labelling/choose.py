@@ -74,9 +74,9 @@ def _centres(points: Floats, weights: Floats, n: int, rng: np.random.Generator) 
         nearest = np.minimum(nearest, _squared_distances(points, points[[starts[-1]]])[:, 0])
     centres = points[starts].copy()
     for _ in range(ROUNDS):
-        owner = _squared_distances(points, centres).argmin(axis=1)
+        nearest = _squared_distances(points, centres).argmin(axis=1)
         member = np.zeros((n, len(points)), np.float32)
-        member[owner, np.arange(len(points))] = weights
+        member[nearest, np.arange(len(points))] = weights
         total = member.sum(axis=1, keepdims=True)
         centres = np.where(total > 0, member @ points / np.maximum(total, 1e-30), centres).astype(np.float32)
     return centres

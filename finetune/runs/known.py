@@ -131,16 +131,16 @@ class KnownNetwork:
         stored = find_rows(self.prefix, samples, preprocess, reference_engine(torch), self.store)
         if len(stored.missing):
             embedding = pooled_features(self.prefix, samples, Views(preprocess), FeatureContext(self.store))
-            source = (
+            computed_by = (
                 "the features that the head was solved on, from a graph that was compared with torch "
                 f"{torch} on {plural(self.record.n_compared, 'image')} in an earlier run"
             )
         else:
             embedding = stored.take(np.arange(len(samples)))
-            source = f"embeddings by torch {torch} in an earlier process, with this head"
+            computed_by = f"embeddings by torch {torch} in an earlier process, with this head"
         logits = head_logits(embedding, head.weight, head.bias)
         probs = task_named(self.record.task).probabilities(logits, temperature).astype(np.float32)
-        return Reference(Outputs(probs, logits, embedding, cam=None), head.bias, source)
+        return Reference(Outputs(probs, logits, embedding, cam=None), head.bias, computed_by)
 
 
 @dataclass(frozen=True)

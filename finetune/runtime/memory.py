@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
-import platform
 import resource
 from collections.abc import Iterator
 from pathlib import Path
 
 from finetune.errors import OutOfMemory
 
-_MMAP_THRESHOLD, _ARENA_MAX = -3, -8  # mallopt(3)
-_LARGE_BYTES = 1 << 20  # at 128 KiB, glibc's first value, predictions take a tenth longer; at 1 MiB no longer than without
 _TORCH_ERROR = "OutOfMemoryError"  # torch's, which is not imported here
 MEMORY_QUOTA = Path("/sys/fs/cgroup/memory.max")
 
@@ -45,28 +41,6 @@ def limit_memory(n_bytes: int) -> None:
     Unlike a limit of the address space, this does not count what libraries reserve and never use.
     """
     resource.setrlimit(resource.RLIMIT_DATA, (n_bytes, n_bytes))
-
-
-def limit_free_memory(n_arenas: int) -> None:
-    """Have glibc allocate from few arenas, by default 8 a core, and map large blocks, which are returned when they are freed.
-
-    Each arena keeps pages that its threads have freed; a server with many threads holds a multiple of what it uses then. Without
-    a fixed size glibc takes blocks of up to 32 MiB from the arenas once blocks of that size were freed, and what small objects
-    leave between them cannot be returned.
-    """
-    if (libc := _glibc()) is not None:
-        libc.mallopt(_ARENA_MAX, n_arenas)
-        libc.mallopt(_MMAP_THRESHOLD, _LARGE_BYTES)
-
-
-def return_free_memory() -> None:
-    """Return the free pages of all arenas to the kernel, where glibc allocates. It takes milliseconds."""
-    if (libc := _glibc()) is not None:
-        libc.malloc_trim(0)
-
-
-def _glibc() -> ctypes.CDLL | None:
-    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
 
 
 def ran_out_of_memory(error: BaseException) -> bool:

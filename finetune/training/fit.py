@@ -1,7 +1,7 @@
 """The training loop: take the steps of a recipe, evaluate after each epoch, keep the best weights, and write checkpoints.
 
-A step is a pure function of recipe, step number and weights: the trainable parameters, the learning rates, the order of the
-images, their augmentation, dropout and mixup all follow from these. Therefore a run that is killed and resumed from its newest
+What happens in a step (`finetune.training.step`) depends only on recipe, step number and weights, and so do the trainable
+parameters, the order of the images and their augmentation. Therefore a run that is killed and resumed from its newest
 checkpoint ends with the same bits as one that is not interrupted. Batches come from loaders that can start at any step; they may
 contain images or cached activations, which makes no difference here.
 """
@@ -9,7 +9,6 @@ contain images or cached activations, which makes no difference here.
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -25,11 +24,11 @@ from finetune.data.loader import Batch
 from finetune.errors import TrainingError
 from finetune.events import CheckpointDamaged, Resumed, Trained, TrainingStarted
 from finetune.events import Interrupted as InterruptedEvent
-from finetune.model.auxiliary import AUX_LOSS_WEIGHT
 from finetune.model.classifier import Classifier
 from finetune.model.freeze import apply_freeze, frozen_digest, parameter_groups
 from finetune.model.selection import HEAD
 from finetune.progress import Progress, ProgressCallback, silent
+from finetune.runtime.allocator import retaining_memory
 from finetune.runtime.memory import memory_errors_named
 from finetune.runtime.seconds import Seconds, process_clock
 from finetune.storage.files import write_atomic
@@ -39,20 +38,19 @@ from finetune.tasks import Task
 from finetune.training import checkpoint
 from finetune.training.average import MovingAverage, copy_state, loaded_state
 from finetune.training.choices import Choices
+from finetune.training.epoch_totals import EpochTotals
 from finetune.training.evaluator import Evaluator, Forward, Prepare, Targets, closed_after, forward_images
 from finetune.training.final_weights import FinalWeights, TrainBatches
 from finetune.training.interrupt import Interrupted, StopRequest
-from finetune.training.machine import Numerics, autocast, computing_with, place, prepare_images, to_device
-from finetune.training.memory import retaining_memory
-from finetune.training.mixing import mix, partners, step_seed
+from finetune.training.machine import Numerics, computing_with, place, prepare_images
 from finetune.training.objectives import Objective
-from finetune.training.optim import build_optimizer, group_key, set_learning_rates
+from finetune.training.optim import build_optimizer, group_key
 from finetune.training.recipe import Recipe, freeze_plan, learning_rates, widest_plan
 from finetune.training.sample import TrainSample
-from finetune.training.signals import Parameters, StepMeter
+from finetune.training.signals import Parameters
 from finetune.training.state import CandidateWeights, CheckpointSchedule, Fitted, LoopState
+from finetune.training.step import Stepper, check_finite
 
-SIGNAL_EVERY_STEPS = 20
 REPORT_EVERY_STEPS = 5
 
 
@@ -116,7 +114,7 @@ def fit(
 
 
 def _find_checkpoint(run: RunDir, checkpointing: CheckpointSchedule) -> dict[str, Any] | None:
-    """Return the newest intact checkpoint of this run; if there is none, empty the journal and return None.
+    """Return the newest intact checkpoint of this run. If there is none, training starts over: empty the journal, return None.
 
     Raises:
         CheckpointError: the checkpoint belongs to another run.
@@ -128,9 +126,7 @@ def _find_checkpoint(run: RunDir, checkpointing: CheckpointSchedule) -> dict[str
     if found is not None:
         checkpoint.check_belongs(found["identity"], checkpointing.identity, run.checkpoints)
     else:
-        write_atomic(
-            run.metrics, lambda stream: stream.write(b"")
-        )  # without a checkpoint, training starts over, and so does the journal
+        write_atomic(run.metrics, lambda stream: stream.write(b""))
     return found
 
 
@@ -157,12 +153,15 @@ class _Training:
         self.state = LoopState()
         self.optimizer = build_optimizer(self.classifier, self.recipe)
         self.average: MovingAverage | None = None
-        self.totals = torch.zeros(3, dtype=torch.float64, device=self.numerics.device)  # see LoopState.epoch_totals
+        self.stepper = Stepper(
+            self.classifier, self.recipe, self.targets, self.optimizer, self.prepare, self.forward, self.numerics
+        )
+        self.totals = EpochTotals(self.numerics.device)
         self.resumed_at_step: int | None = None
-        self.saved_at = self.epoch_began_at = time.perf_counter()
+        self.saved_at = time.perf_counter()
         self.began = process_clock()
         self.seconds_before = Seconds()
-        self.session_steps = self.epoch_images = 0  # steps of this session; images of the current epoch within this session
+        self.session_steps = 0  # the steps taken in this session
 
     # beginning and resuming ---------------------------------------------------------------------------------------
 
@@ -196,7 +195,7 @@ class _Training:
         self._build_average()
         if self.average is not None:
             self.average.load(found["average"])
-        self.totals.copy_(torch.tensor(state.epoch_totals, dtype=torch.float64))
+        self.totals.restore(state.epoch_totals)
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in state.history)
         write_atomic(self.run.metrics, lambda stream: stream.write(lines.encode()))
         self.resumed_at_step = state.step
@@ -294,7 +293,7 @@ class _Training:
         self.classifier.train()
         apply_freeze(self.classifier, freeze_plan(self.recipe, phase))
         parameters = {group_key(group): list(group.parameters.values()) for group in parameter_groups(self.classifier)}
-        self.epoch_began_at, self.epoch_images = time.perf_counter(), 0
+        self.totals.start_timing()
         with closed_after(self.train(epoch, start_step)) as batches:
             for batch in batches:
                 self._take_step(batch, parameters)
@@ -305,65 +304,24 @@ class _Training:
             raise ValueError(f"epoch {epoch} ended at step {ended_at}: an epoch has {self.recipe.steps_per_epoch} steps")
 
     def _take_step(self, batch: Batch, parameters: Parameters) -> None:
-        """Take one optimiser step on a batch, and check and report the loss at times.
+        """Take one optimiser step on a batch, count it, and check and report the loss at times.
 
         Raises:
             TrainingError: the loss is not finite.
         """
-        recipe, step = self.recipe, self.state.step
-        seed = step_seed(recipe.seed, step)
-        torch.manual_seed(seed)
-        rates = set_learning_rates(self.optimizer, recipe, step)
-        targets = to_device(self.targets.train[batch.indices], self.numerics)
-        inputs = self.prepare(self.classifier, to_device(batch.images, self.numerics), self.numerics)  # (B, 3, h, w) float32
-        inputs, other_targets, share = mix(inputs, targets, recipe.mixup, seed)
-        with autocast(self.numerics):
-            logits, aux_logits = self._training_logits(inputs)  # each (B, C)
-        weights = self._image_weights(batch, seed)
-        loss = self.targets.objective.loss(logits, targets, other_targets, share, recipe.label_smoothing, weights)
-        objective = loss
-        if aux_logits is not None:
-            aux_loss = self.targets.objective.loss(aux_logits, targets, other_targets, share, recipe.label_smoothing, weights)
-            objective = loss + AUX_LOSS_WEIGHT * aux_loss
-        objective.backward()
-        self._update_weights(parameters)
-        self._count(batch, logits.detach(), targets, loss.detach())
-        if self.numerics.device == "cpu" or step % REPORT_EVERY_STEPS == 0:  # reading the loss synchronises a GPU
-            self._check_finite(float(loss.detach()), rates[HEAD])
-        if step % REPORT_EVERY_STEPS == 0:
-            self._report(rates[HEAD])
-
-    def _image_weights(self, batch: Batch, seed: int) -> tuple[Tensor, Tensor] | None:
-        """Return the weights of the images of a batch, and of those that are blended into them."""
-        if self.targets.train_weights is None:
-            return None
-        own = self.targets.train_weights[batch.indices].astype(np.float32)
-        mixup = self.recipe.mixup
-        other = own if mixup == 0.0 else own[partners(len(own), mixup, seed)[0]]
-        return to_device(own, self.numerics), to_device(other, self.numerics)
-
-    def _training_logits(self, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
-        if self.classifier.aux is not None:
-            return self.classifier.forward_with_aux(inputs)
-        return self.forward(self.classifier, inputs), None
-
-    def _update_weights(self, parameters: Parameters) -> None:
-        meter = StepMeter(parameters) if self.state.step % SIGNAL_EVERY_STEPS == 0 else None
-        nn.utils.clip_grad_norm_([p for members in parameters.values() for p in members], self.recipe.clip_norm, foreach=True)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        state, recipe, step = self.state, self.recipe, self.state.step
+        taken = self.stepper.take(step, batch, parameters)
         if self.average is not None:
             self.average.update(self.classifier)
-        if meter is not None:
-            self._log({f"train/{name}": value for name, value in meter.measure().items()})
-
-    def _count(self, batch: Batch, logits: Tensor, targets: Tensor, loss: Tensor) -> None:
-        correct = self.targets.objective.n_correct(logits, targets)
-        count = torch.full_like(loss, len(batch.indices), dtype=torch.float64)
-        self.totals += torch.stack([loss * count, correct.double(), count])
-        self.state.step += 1
+        if taken.signals:
+            self._log({f"train/{name}": value for name, value in taken.signals.items()})
+        self.totals.add(taken.loss, self.targets.objective.n_correct(taken.logits, taken.targets), len(batch.indices))
+        state.step += 1
         self.session_steps += 1
-        self.epoch_images += len(batch.indices)
+        if self.numerics.device == "cpu" or step % REPORT_EVERY_STEPS == 0:  # reading the loss synchronises a GPU
+            check_finite(float(taken.loss), state.step, recipe.n_steps, taken.head_lr)
+        if step % REPORT_EVERY_STEPS == 0:
+            self._report(taken.head_lr)
 
     def _end_epoch(self) -> None:
         """Evaluate, log the metrics, keep the weights if they are the best, decide on early stopping, and write a checkpoint."""
@@ -380,7 +338,7 @@ class _Training:
             state.epochs_without_gain = 0 if state.best_step == state.step else state.epochs_without_gain + 1
             patience = recipe.early_stopping_epochs
             state.stopped_early = patience is not None and state.epochs_without_gain >= patience and state.step < recipe.n_steps
-        self.totals.zero_()
+        self.totals.reset()
         self._save()
 
     def _finish(self) -> None:
@@ -427,16 +385,13 @@ class _Training:
     # metrics and progress -----------------------------------------------------------------------------------------
 
     def _epoch_values(self) -> dict[str, float]:
-        loss, correct, count = self.totals.tolist()
+        loss, correct, count = self.totals.sums()
         if not count:
             return {}
         lr = learning_rates(self.recipe, self.state.step - 1)[HEAD]
         values = {"train/loss": loss / count, f"train/{self.targets.task.mean_score.key}": correct / count, "train/lr": lr}
-        return values | ({"train/images_per_second": self._rate()} if self.epoch_images else {})
-
-    def _rate(self) -> float:
-        """Return the images per second of the current epoch in this session."""
-        return self.epoch_images / (time.perf_counter() - self.epoch_began_at)
+        rate = self.totals.images_per_second()
+        return values | ({} if rate is None else {"train/images_per_second": rate})
 
     def _log(self, values: Mapping[str, float]) -> None:
         step = self.state.step
@@ -446,27 +401,20 @@ class _Training:
 
     def _report(self, lr: float) -> None:
         """Report progress: loss, metrics, speed and the remaining seconds."""
-        loss, correct, count = self.totals.tolist()
+        loss, correct, count = self.totals.sums()
         step, total = self.state.step, self._last_step
         eta = (process_clock() - self.began).wall / self.session_steps * (total - step)
         values = {
             "loss": loss / count,
             self.targets.task.mean_score.key: correct / count,
             "lr": lr,
-            "images/s": self._rate(),
+            "images/s": self.totals.images_per_second() or 0.0,
             "eta_seconds": eta,
         }
         key = f"val/{self.targets.task.headline.key}"
         if key in self.state.best:
             values[key] = self.state.best[key]
         self.progress(Progress("training", step, total, "steps", values))
-
-    def _check_finite(self, loss: float, lr: float) -> None:
-        if not math.isfinite(loss):
-            raise TrainingError(
-                f"the loss became {loss} at step {self.state.step} of {self.recipe.n_steps}, with learning rate {lr:.2g}. "
-                "Try hyperparameters.learning_rate_multiplier: 0.1, or compute.precision: float32."
-            )
 
     # checkpoints --------------------------------------------------------------------------------------------------
 
@@ -481,7 +429,7 @@ class _Training:
 
     def _save(self) -> None:
         """Write a checkpoint of the current step."""
-        self.state.epoch_totals = tuple(self.totals.tolist())
+        self.state.epoch_totals = self.totals.sums()
         seconds = self._seconds()
         self.state.seconds, self.state.cpu_seconds = seconds.wall, seconds.cpu
         content = {

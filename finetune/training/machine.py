@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from finetune.model.classifier import Classifier
 from finetune.model.freeze import apply_freeze
 from finetune.model.threads import on_threads
+from finetune.runtime.allocator import retaining_memory
 from finetune.runtime.device import Device
 from finetune.training.compute import Compute
-from finetune.training.memory import retaining_memory
 from finetune.training.recipe import Recipe, freeze_plan
 
 WORTH_MEASURING_STEPS = 200  # in a shorter run the measurement costs more than it saves

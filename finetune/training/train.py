@@ -117,14 +117,14 @@ def _take_steps(
             return Numerics(**(decided.numerics or {}))
         return _measured_numerics(classifier, recipe, context)
 
-    source = _cached_source(classifier, recipe, context, spent.append)
-    activations = sum(spent, Seconds()) if source else Seconds()
-    with closing(source or _image_source(classifier, recipe, context)) as source:
+    batches = _cached_batches(classifier, recipe, context, spent.append)
+    activations = sum(spent, Seconds()) if batches else Seconds()
+    with closing(batches or _image_batches(classifier, recipe, context)) as batches:
         fitted = fit(
             classifier,
             recipe,
-            source.train,
-            source.val if decided is None else decided,
+            batches.train,
+            batches.val if decided is None else decided,
             context.run,
             CheckpointSchedule(context.identity),
             task=context.task,
@@ -134,23 +134,23 @@ def _take_steps(
             val_targets=context.targets(context.dataset.of("val")),
             numerics=numerics,
             solve_head=solver,
-            sample=_train_sample(classifier, recipe, context, source),
-            prepare=source.prepare,
-            forward=source.forward,
+            sample=_train_sample(classifier, recipe, context, batches),
+            prepare=batches.prepare,
+            forward=batches.forward,
             progress=context.progress,
         )
-        helpers = source.cpu_seconds()
+        helpers = batches.cpu_seconds()
     return replace(fitted, seconds=fitted.seconds + Seconds(0.0, helpers)), activations
 
 
-def _train_sample(classifier: Classifier, recipe: Recipe, context: TrainingContext, source: _BatchSource) -> TrainSample:
+def _train_sample(classifier: Classifier, recipe: Recipe, context: TrainingContext, batches: _Batches) -> TrainSample:
     train = context.dataset.of("train")
     plan = plan_sample(recipe, train, classifier.backbone.preprocess.input_size_px, context.sample_size)
 
     def keep(step: int, logits: NDArray[np.float32]) -> None:
         write_sample_predictions(context.run, context.task, context.dataset, plan.indices, step, logits)
 
-    return TrainSample(plan, source.sample(plan.indices), keep)
+    return TrainSample(plan, batches.sample(plan.indices), keep)
 
 
 def _measured_numerics(classifier: Classifier, recipe: Recipe, context: TrainingContext) -> Numerics:
@@ -169,7 +169,7 @@ def _measured_numerics(classifier: Classifier, recipe: Recipe, context: Training
 
 
 @dataclass(frozen=True)
-class _BatchSource:
+class _Batches:
     """The batches of the training loop, and the functions that compute logits from a batch."""
 
     train: TrainBatches
@@ -188,7 +188,7 @@ class _BatchSource:
             self.processes.close()
 
 
-def _image_source(classifier: Classifier, recipe: Recipe, context: TrainingContext) -> _BatchSource:
+def _image_batches(classifier: Classifier, recipe: Recipe, context: TrainingContext) -> _Batches:
     """Return batches of decoded images: augmented for training, preprocessed for evaluation."""
     train, val, threads = context.dataset.of("train"), context.dataset.of("val"), context.compute.threads
     augment = context.augment.at_size(recipe.train_size_px)
@@ -211,12 +211,12 @@ def _image_source(classifier: Classifier, recipe: Recipe, context: TrainingConte
     def evaluated(samples: Sequence[Sample]) -> EvalLoader:
         return EvalLoader(samples, classifier.backbone.preprocess, recipe.batch_size, threads, pixels)
 
-    return _BatchSource(batches, evaluated(val), sample, prepare_images, forward_images, processes)
+    return _Batches(batches, evaluated(val), sample, prepare_images, forward_images, processes)
 
 
-def _cached_source(
+def _cached_batches(
     classifier: Classifier, recipe: Recipe, context: TrainingContext, spent: Callable[[Seconds], None]
-) -> _BatchSource | None:
+) -> _Batches | None:
     """Return batches of cached inputs of the first trainable stage; None if those are the images, or if the disk has no room."""
     if recipe.mixup or classifier.aux is not None or not recipe.trainable:  # the first two need the images themselves
         return None
@@ -234,7 +234,7 @@ def _cached_source(
     batches = trained_on.train_batches(recipe.batch_size, recipe.seed, _sampled_classes(context))
     evaluated = validated_on.eval_batches(recipe.batch_size)
     sample = partial(trained_on.eval_batches, recipe.batch_size)
-    return _BatchSource(batches, evaluated, sample, prepare_activation, ForwardFrom(plan.stage))
+    return _Batches(batches, evaluated, sample, prepare_activation, ForwardFrom(plan.stage))
 
 
 def _sampled_classes(context: TrainingContext) -> NDArray[np.int64] | None:

@@ -47,7 +47,7 @@ def inference_v2_router(max_body_bytes: int) -> APIRouter:
 
     @router.get("/health/ready", response_class=Response)
     async def v2_ready(request: Request) -> Response:
-        """Return 200 if the default model has passed its probes, else 503."""
+        """Return 200 if the default model has passed its self-test, else 503."""
         _state(request).models.check_ready()
         return Response()
 

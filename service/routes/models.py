@@ -25,7 +25,7 @@ from finetune.promotion import promote
 from service.exports import Format, download_name
 from service.middleware.auth import Caller, Reading, Submitting
 from service.middleware.head import HEADERS_ONLY
-from service.models import SHADOW
+from service.models import Role
 from service.problems import RESPONSES
 from service.results import (
     MEDIA_TYPES,
@@ -55,6 +55,13 @@ BUNDLE_ANSWER: dict[int | str, dict[str, Any]] = {
 }
 
 CARD_ANSWER: dict[int | str, dict[str, Any]] = {200: {"content": {"text/markdown": {"schema": {"type": "string"}}}}}
+
+_IN_WORDS: dict[Role, str] = {
+    "pinned": "the model that the server was started with",
+    "default": "the server's default",
+    "canary": "the canary of the server's default",
+    "shadow": "the shadow of the server's default",
+}
 
 models_router = APIRouter(prefix="/v1/models", tags=["models"], responses=RESPONSES)
 
@@ -169,7 +176,7 @@ def get_report(caller: Reading, server: Server, name: str, version: str) -> HTML
 
 @models_router.get("/{name}/versions/{version}/bundle", response_class=StreamingResponse, responses=BUNDLE_ANSWER)
 def get_bundle(caller: Reading, server: Server, name: str, version: str) -> StreamingResponse:
-    """Download the bundle of a version as a tar file: model, manifest, probe, card, calibration."""
+    """Download the bundle of a version as a tar file: model, manifest, self-test, card, calibration."""
     found = find_model(server, caller, f"{name}@{version}")
     pieces, size = bundle_archive(found, read_manifest(found.path))
     headers = {"Content-Length": str(size), "Content-Disposition": f'attachment; filename="{found.name}-{found.version}.tar"'}
@@ -232,8 +239,8 @@ def change_model(caller: Submitting, server: Server, name: str, change: ModelCha
     """Share a model with everyone who may use the server, or make it private to its owner again."""
     found = find_model(server, caller, name, to_change=True)
     registry = server.models.registry
-    if change.visibility == "private" and (part := _answering_part(server, found.name)):
-        raise Conflict(f"{found.name} is {part}, which answers everybody. Deploy another model first")
+    if change.visibility == "private" and (role := _answering_role(server, found.name)) is not None:
+        raise Conflict(f"{found.name} is {_IN_WORDS[role]}, which answers everybody. Deploy another model first")
     registry.set_access(found.name, dataclasses.replace(registry.access(found.name), visibility=change.visibility))
     server.access.forget(found.name)
     return _existing(server, found.name)
@@ -273,10 +280,12 @@ def delete_model(
 
 def _check_not_answering(server: ServerState, caller: Caller, name: str, version: str | None, *, force: bool) -> None:
     """Raise `Conflict` if requests without a model name would lose their model, unless an administrator forces it."""
-    part = _answering_part(server, name, version)
-    if part and not (force and caller.is_admin):
+    role = _answering_role(server, name, version)
+    if role is not None and not (force and caller.is_admin):
         otherwise = ", or add ?force=true" if caller.is_admin else "; that takes a key with the scope 'admin'"
-        raise Conflict(f"{name if version is None else f'{name}@{version}'} is {part}. Deploy another model first{otherwise}")
+        raise Conflict(
+            f"{name if version is None else f'{name}@{version}'} is {_IN_WORDS[role]}. Deploy another model first{otherwise}"
+        )
 
 
 def _check_not_awaited(server: ServerState, caller: Caller, name: str, version: str | None, *, force: bool) -> None:
@@ -289,14 +298,14 @@ def _check_not_awaited(server: ServerState, caller: Caller, name: str, version: 
         raise Conflict(f"{what} is needed by {needing}, which has not finished. Wait for its end, cancel it, or add ?force=true")
 
 
-def _answering_part(server: ServerState, name: str, version: str | None = None) -> str:
-    """Return as what a model, or one version of it, answers requests without a model name; empty if it does not."""
-    for part, reference in server.models.parts():
-        if part != SHADOW and reference.partition("@")[0] == name:
-            with contextlib.suppress(NotFound):  # what the deployment names was deleted
-                if version in (None, server.models.registry.lookup(reference).version):
-                    return part
-    return ""
+def _answering_role(server: ServerState, name: str, version: str | None = None) -> Role | None:
+    """Return the role in which a model, or one version of it, answers requests without a model name; None if it does not."""
+    for deployed in server.models.deployed():
+        if deployed.role != "shadow" and deployed.reference.partition("@")[0] == name:
+            with contextlib.suppress(NotFound):  # the deployed version was deleted
+                if version in (None, server.models.registry.lookup(deployed.reference).version):
+                    return deployed.role
+    return None
 
 
 @models_router.put("/{name}/aliases/{alias}")

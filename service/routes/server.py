@@ -51,7 +51,7 @@ async def alive() -> Status:
 
 @server_router.get("/readyz")
 async def ready(server: Server) -> ReadyStatus:
-    """Return the default model once it has passed its probes; until then 503 with the reason."""
+    """Return the default model once it has passed its self-test; until then 503 with the reason."""
     server.models.check_ready()
     model = server.models.default()
     if not server.models.serves_a_folder and server.access.of(model.name).visibility == "private":

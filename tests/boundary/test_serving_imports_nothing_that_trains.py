@@ -114,11 +114,11 @@ def test_a_bundle_is_loaded_registered_and_asked_without_anything_that_trains(tm
     code = """
 from pathlib import Path
 from finetune.bundle.overlay import overlay_png
-from finetune.bundle.predictor import Predictor, read_probe
+from finetune.bundle.predictor import Predictor, read_self_test
 from finetune.bundle.registry import Registry
 
 version = Registry(Path("models")).register(Path("bundle"), "trees")
-prediction = Predictor.load(version.path).predict(read_probe(version.path / "probe.npz").encoded[0])
+prediction = Predictor.load(version.path).predict(read_self_test(version.path / "probe.npz").encoded[0])
 png = overlay_png(prediction.image, prediction.cam)
 print(json.dumps([prediction.name, prediction.version, len(prediction.labels), len(png) > 0]))
 """

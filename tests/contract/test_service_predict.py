@@ -24,7 +24,7 @@ from finetune.bundle.predictor import Predictor
 from service.asgi import create_api, with_middleware
 from service.bento import build_service
 from service.schemas.predictions import PredictionAnswer
-from service.settings import Settings
+from service.settings import ServerSettings
 
 UNASKED = ("embedding", "prediction_set", "abstained", "reason", "novelty")  # parts of an answer that were not asked for
 PATHS = ("/predict", "/v1/models/colours/predict")
@@ -106,7 +106,7 @@ def test_every_version_and_alias_can_be_asked_for_by_name(client: TestClient) ->
 def test_the_bentoml_method_gives_the_same_answer_without_http(home: Path, tmp_path: Path) -> None:
     file = tmp_path / "blue.png"
     file.write_bytes(picture("blue"))
-    settings = Settings(home, model="colours")
+    settings = ServerSettings(home, model="colours")
     api = create_api(settings)
     service = build_service(with_middleware(api, settings), api)
     with TestClient(service.to_asgi(), base_url=URL) as client:

@@ -18,7 +18,7 @@ from finetune.jobs.keys import KeyStore
 from finetune.spec import DEFAULT_BACKBONE
 from service import spec_check
 from service.child import ChildProgram
-from service.settings import Settings
+from service.settings import ServerSettings
 
 pytestmark = pytest.mark.usefixtures("uploads_read_here")
 
@@ -75,7 +75,7 @@ def test_a_model_on_the_hub_is_refused_unless_the_operator_allows_it(tmp_path: P
 
 
 def test_the_operator_allows_models_on_the_hub_with_a_variable() -> None:
-    allowed = {given: Settings.from_environment({"FINETUNE_HUB_MODELS": given}).hub_models for given in ("", "0", "1")}
+    allowed = {given: ServerSettings.from_environment({"FINETUNE_HUB_MODELS": given}).hub_models for given in ("", "0", "1")}
     assert allowed == {"": False, "0": False, "1": True}
 
 

@@ -13,10 +13,10 @@ import onnx
 import pytest
 from awkward import AWKWARD, READABLE, REFUSED
 from onnx import external_data_helper, helper, numpy_helper
-from tiny_bundle import CLASSES, PREPROCESS, logits_of, probe_files, reseal, tiny_model, weights, write_tiny_bundle
+from tiny_bundle import CLASSES, PREPROCESS, logits_of, reseal, self_test_files, tiny_model, weights, write_tiny_bundle
 
-from finetune.bundle.manifest import PROBE
-from finetune.bundle.predictor import PIXELS_TOLERANCE, Predictor, Seen, read_probe, read_seen, write_probe
+from finetune.bundle.manifest import SELF_TEST
+from finetune.bundle.predictor import PIXELS_TOLERANCE, Predictor, Seen, read_seen, read_self_test, write_self_test
 from finetune.bundle.preprocess import Preprocess
 from finetune.errors import BundleError, ImageError, InvalidInput
 from finetune.runtime.session import open_session
@@ -213,13 +213,13 @@ def replace_model(folder: Path, model: onnx.ModelProto) -> None:
     reseal(folder)
 
 
-def test_other_weights_under_right_checksums_fail_the_model_probe_alone(bundle: Path) -> None:
+def test_other_weights_under_right_checksums_fail_the_model_self_test_alone(bundle: Path) -> None:
     tensors = weights()
     tensors["kernel"] = tensors["kernel"] * np.float32(1.01)
     replace_model(bundle, tiny_model(tensors=tensors))
     said = refusal(bundle)
-    assert "model probe (arrays → logits): logits are off by" in said
-    assert "image probe" not in said
+    assert "model self-test (arrays → logits): logits are off by" in said
+    assert "image self-test" not in said
 
 
 @pytest.mark.parametrize("shift", [0.0, 0.1])
@@ -247,20 +247,20 @@ def test_another_provider_comes_before_the_cpu_and_must_compute_the_same(
         with pytest.raises(BundleError, match=r"logits are off by 0\.1"):
             Predictor.load(bundle, provider="cuda")
     else:
-        assert Predictor.load(bundle, provider="cuda").predict(probe_files()[0]).labels
+        assert Predictor.load(bundle, provider="cuda").predict(self_test_files()[0]).labels
     assert asked == [["CUDAExecutionProvider", "CPUExecutionProvider"]]
 
 
-def test_a_model_that_gives_nan_fails_the_model_probe(bundle: Path) -> None:
+def test_a_model_that_gives_nan_fails_the_model_self_test(bundle: Path) -> None:
     tensors = weights()
     tensors["bias"] = np.full_like(tensors["bias"], np.nan)
     replace_model(bundle, tiny_model(tensors=tensors))
-    assert "model probe (arrays → logits): logits are off by nan" in refusal(bundle)
+    assert "model self-test (arrays → logits): logits are off by nan" in refusal(bundle)
 
 
-def with_probe(folder: Path, files: list[bytes], arrays: np.ndarray) -> None:
-    """A probe whose logits are right for its arrays, whatever the files are."""
-    write_probe(folder / "probe.npz", files, arrays, logits_of(tiny_model(), arrays))
+def with_self_test(folder: Path, files: list[bytes], arrays: np.ndarray) -> None:
+    """A self-test whose logits are right for its arrays, whatever the files are."""
+    write_self_test(folder / "probe.npz", files, arrays, logits_of(tiny_model(), arrays))
     reseal(folder)
 
 
@@ -273,42 +273,42 @@ WRONG_PATHS = {
 
 
 @pytest.mark.parametrize("wrong", WRONG_PATHS)
-def test_another_image_path_fails_the_image_probe_alone(bundle: Path, wrong: str) -> None:
-    files = probe_files()
-    with_probe(bundle, files, np.stack([WRONG_PATHS[wrong].load(data) for data in files]))
+def test_another_image_path_fails_the_image_self_test_alone(bundle: Path, wrong: str) -> None:
+    files = self_test_files()
+    with_self_test(bundle, files, np.stack([WRONG_PATHS[wrong].load(data) for data in files]))
     said = refusal(bundle)
-    assert "image probe 1 (bytes → array): off by" in said
-    assert "model probe" not in said
+    assert "image self-test 1 (bytes → array): off by" in said
+    assert "model self-test" not in said
 
 
-def test_swapped_channels_fail_the_image_probe_alone(bundle: Path) -> None:
-    files = probe_files()
-    with_probe(bundle, files, np.stack([PREPROCESS.load(data)[..., ::-1] for data in files]))
-    assert "image probe 0 (bytes → array): off by" in refusal(bundle)
+def test_swapped_channels_fail_the_image_self_test_alone(bundle: Path) -> None:
+    files = self_test_files()
+    with_self_test(bundle, files, np.stack([PREPROCESS.load(data)[..., ::-1] for data in files]))
+    assert "image self-test 0 (bytes → array): off by" in refusal(bundle)
 
 
-def test_an_ignored_orientation_fails_the_image_probe_of_the_turned_file(bundle: Path) -> None:
-    files = probe_files()
+def test_an_ignored_orientation_fails_the_image_self_test_of_the_turned_file(bundle: Path) -> None:
+    files = self_test_files()
     arrays = np.stack([PREPROCESS.load(data) for data in files])
     arrays[0] = np.rot90(arrays[0])
-    with_probe(bundle, files, arrays)
+    with_self_test(bundle, files, arrays)
     said = refusal(bundle)
-    assert "image probe 0" in said
-    assert "image probe 1" not in said
+    assert "image self-test 0" in said
+    assert "image self-test 1" not in said
 
 
 def test_a_last_bit_of_difference_in_decoding_is_allowed(bundle: Path) -> None:
-    files = probe_files()
+    files = self_test_files()
     arrays = np.stack([PREPROCESS.load(data) for data in files])
     arrays.reshape(-1)[:: round(2 / PIXELS_TOLERANCE)] ^= 1
-    with_probe(bundle, files, arrays)
+    with_self_test(bundle, files, arrays)
     Predictor.load(bundle)
 
 
-def test_a_probe_file_that_cannot_be_decoded_fails_the_image_probe(bundle: Path) -> None:
-    files = [*probe_files()[:2], b"nothing"]
-    with_probe(bundle, files, np.stack([PREPROCESS.load(data) for data in probe_files()]))
-    assert "image probe 2 (bytes → array): cannot be decoded here: this is not an image" in refusal(bundle)
+def test_a_self_test_file_that_cannot_be_decoded_fails_the_image_probe(bundle: Path) -> None:
+    files = [*self_test_files()[:2], b"nothing"]
+    with_self_test(bundle, files, np.stack([PREPROCESS.load(data) for data in self_test_files()]))
+    assert "image self-test 2 (bytes → array): cannot be decoded here: this is not an image" in refusal(bundle)
 
 
 def test_a_model_of_another_input_size_does_not_belong(bundle: Path) -> None:
@@ -357,13 +357,13 @@ def test_a_note_with_the_key_location_is_not_taken_for_external_data(bundle: Pat
     Predictor.load(bundle)
 
 
-def test_a_probe_that_is_no_archive_is_refused(bundle: Path) -> None:
+def test_a_self_test_that_is_no_archive_is_refused(bundle: Path) -> None:
     (bundle / "probe.npz").write_bytes(b"PK\3\4 not an archive")
     reseal(bundle)
     assert "probe.npz cannot be read" in refusal(bundle)
 
 
-def test_a_probe_with_a_pickle_inside_is_refused_unopened(bundle: Path) -> None:
+def test_a_self_test_with_a_pickle_inside_is_refused_unopened(bundle: Path) -> None:
     np.savez(
         bundle / "probe.npz",
         lengths=np.array([1]),
@@ -375,27 +375,27 @@ def test_a_probe_with_a_pickle_inside_is_refused_unopened(bundle: Path) -> None:
     assert "allow_pickle=False" in refusal(bundle)
 
 
-def test_a_probe_without_images_is_refused(bundle: Path) -> None:
-    write_probe(bundle / "probe.npz", [], images(0), np.zeros((0, 5), np.float32))
+def test_a_self_test_without_images_is_refused(bundle: Path) -> None:
+    write_self_test(bundle / "probe.npz", [], images(0), np.zeros((0, 5), np.float32))
     reseal(bundle)
     assert "probe.npz holds 0 files, 0 arrays and 0 logits" in refusal(bundle)
 
 
-def test_a_probe_reads_back_as_it_was_written(tmp_path: Path) -> None:
+def test_a_self_test_reads_back_as_it_was_written(tmp_path: Path) -> None:
     files, arrays = [b"one", b"", b"three"], images(3)
     logits = np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32)
-    write_probe(tmp_path / "probe.npz", files, arrays, logits)
-    probe = read_probe(tmp_path / "probe.npz")
-    assert probe.encoded == tuple(files)
-    np.testing.assert_array_equal(probe.images, arrays)
-    np.testing.assert_array_equal(probe.logits, logits)
+    write_self_test(tmp_path / "probe.npz", files, arrays, logits)
+    known = read_self_test(tmp_path / "probe.npz")
+    assert known.encoded == tuple(files)
+    np.testing.assert_array_equal(known.images, arrays)
+    np.testing.assert_array_equal(known.logits, logits)
 
 
 def test_a_bundle_knows_the_images_that_it_was_made_with_by_their_bytes(tmp_path: Path) -> None:
     train, val, other = (hashlib.sha256(name.encode()).hexdigest() for name in ("train", "val", "other"))
     (tmp_path / "one").mkdir()
     arrays = [b"x"], np.zeros((1, 2, 2, 3), np.uint8), np.zeros((1, 2), np.float32)
-    write_probe(tmp_path / "one" / PROBE, *arrays, Seen.of([train, ""], [val]))
+    write_self_test(tmp_path / "one" / SELF_TEST, *arrays, Seen.of([train, ""], [val]))
     seen = read_seen(tmp_path / "one")
     assert seen is not None
     assert seen == Seen.of([train], [val])
@@ -409,8 +409,8 @@ def test_equal_sets_of_images_are_equal_files_and_an_older_bundle_does_not_say(t
     for folder, order in (("one", digests), ("two", digests[::-1])):
         (tmp_path / folder).mkdir()
         arrays = [b"x"], np.zeros((1, 2, 2, 3), np.uint8), np.zeros((1, 2), np.float32)
-        write_probe(tmp_path / folder / PROBE, *arrays, Seen.of(order, []))
-    assert (tmp_path / "one" / PROBE).read_bytes() == (tmp_path / "two" / PROBE).read_bytes()
-    with np.load(tmp_path / "one" / PROBE) as arrays:
-        np.savez(tmp_path / "two" / PROBE, **{name: arrays[name] for name in arrays if not name.startswith("seen")})
+        write_self_test(tmp_path / folder / SELF_TEST, *arrays, Seen.of(order, []))
+    assert (tmp_path / "one" / SELF_TEST).read_bytes() == (tmp_path / "two" / SELF_TEST).read_bytes()
+    with np.load(tmp_path / "one" / SELF_TEST) as arrays:
+        np.savez(tmp_path / "two" / SELF_TEST, **{name: arrays[name] for name in arrays if not name.startswith("seen")})
     assert read_seen(tmp_path / "two") is None

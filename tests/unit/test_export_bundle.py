@@ -17,7 +17,7 @@ from exporting import CLASSES, FACTS, classifier_of, export_classifier, network_
 from folders import path_of
 
 from finetune.bundle.manifest import MODEL, read_manifest
-from finetune.bundle.predictor import Predictor, read_probe
+from finetune.bundle.predictor import Predictor, read_self_test
 from finetune.data.dataset import Sample
 from finetune.errors import ExportError
 from finetune.export import agreement
@@ -112,11 +112,11 @@ def test_a_lone_model_file_explains_itself(bundle: Path) -> None:
     assert said["finetune.classes"] == list(CLASSES)
 
 
-def test_the_probe_holds_real_files(bundle: Path, samples: list[Sample]) -> None:
+def test_the_self_test_holds_real_files(bundle: Path, samples: list[Sample]) -> None:
     encoded = {path_of(sample).read_bytes() for sample in samples}
-    probe = read_probe(bundle / "probe.npz")
-    assert len(probe.encoded) == 3
-    assert set(probe.encoded) <= encoded
+    known = read_self_test(bundle / "probe.npz")
+    assert len(known.encoded) == 3
+    assert set(known.encoded) <= encoded
 
 
 def test_the_same_classifier_exports_to_the_same_model(

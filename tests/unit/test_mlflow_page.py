@@ -13,7 +13,7 @@ import mlflow.onnx  # what the page uses, imported where warnings of imports do 
 import mlflow.pyfunc
 import pytest
 from run_folders import registered_run, whole_comparison
-from tiny_bundle import CLASSES, probe_files
+from tiny_bundle import CLASSES, self_test_files
 
 from finetune.storage.rundir import RunDir
 from finetune.storage.workspace import Workspace
@@ -44,7 +44,7 @@ def test_the_python_of_the_page_works_from_top_to_bottom(
     registered_run(run, workspace)
     for one in (comparison, run):
         assert sync_run(one, Choice("mlflow"), workspace).reason == ""
-    (tmp_path / "some.jpg").write_bytes(probe_files()[1])
+    (tmp_path / "some.jpg").write_bytes(self_test_files()[1])
     blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.M | re.S)
     assert len(blocks) == 4
     names: dict[str, Any] = {}

@@ -14,7 +14,7 @@ from finetune.runtime.memory import available_memory, memory_errors_named, ran_o
 
 THREADED = """
 import threading
-from finetune.runtime.memory import return_free_memory, limit_free_memory
+from finetune.runtime.allocator import return_free_memory, limit_free_memory
 
 def resident():
     return int(open("/proc/self/status").read().split("VmRSS:")[1].split()[0])
@@ -36,7 +36,7 @@ print(before, resident())
 
 LARGE_BLOCKS = """
 import sys
-from finetune.runtime.memory import limit_free_memory
+from finetune.runtime.allocator import limit_free_memory
 
 def resident():
     return int(open("/proc/self/status").read().split("VmRSS:")[1].split()[0])

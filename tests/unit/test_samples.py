@@ -16,7 +16,7 @@ from finetune.errors import InvalidInput
 from finetune.evaluation.predict import image_samples
 from finetune.monitoring.samples import SampleStore, SamplingPolicy, copy_samples, delete_samples, folder_of, samples_of
 from finetune.storage.backup import restore_backup, write_backup
-from service.settings import Settings
+from service.settings import ServerSettings
 
 RECORD = {"owner": "ann", "confidence": 0.5, "novelty": None}
 
@@ -148,11 +148,11 @@ def test_a_backup_holds_no_samples_and_a_quota_does_not_count_them(registry: Reg
 @pytest.mark.parametrize("text", ["1.5", "-0.1", "one", "nan"])
 def test_a_share_that_is_none_is_refused_when_the_server_starts(text: str) -> None:
     with pytest.raises(InvalidInput, match="FINETUNE_SAMPLE_INPUTS"):
-        Settings.from_environment({**os.environ, "FINETUNE_SAMPLE_INPUTS": text})
+        ServerSettings.from_environment({**os.environ, "FINETUNE_SAMPLE_INPUTS": text})
 
 
 def test_sampling_is_off_by_default() -> None:
-    assert Settings.from_environment({}).sampling.fraction == 0.0
+    assert ServerSettings.from_environment({}).sampling.fraction == 0.0
     given = {"FINETUNE_SAMPLE_INPUTS": "0.01", "FINETUNE_SAMPLE_BYTES": "500", "FINETUNE_SAMPLE_DAYS": "7"}
-    chosen = Settings.from_environment(given)
+    chosen = ServerSettings.from_environment(given)
     assert chosen.sampling == SamplingPolicy(0.01, 500, 7 * 86400.0)

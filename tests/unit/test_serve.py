@@ -12,7 +12,7 @@ from finetune.bundle.image_limits import ImageLimits
 from finetune.errors import InvalidInput
 from finetune.runtime.cores import available_cores
 from service.server import listen_address
-from service.settings import LOOPBACK_HOSTS, Settings
+from service.settings import LOOPBACK_HOSTS, ServerSettings
 
 
 @pytest.mark.parametrize(
@@ -44,18 +44,18 @@ def test_the_command_line_refuses_in_one_sentence() -> None:
 
 
 def test_a_server_answers_to_the_address_that_it_listens_on() -> None:
-    settings = Settings(Path("/data"))
+    settings = ServerSettings(Path("/data"))
     assert settings.answering_to("192.168.1.7").allowed_hosts == (*LOOPBACK_HOSTS, "192.168.1.7")
     assert settings.answering_to("::1").allowed_hosts == LOOPBACK_HOSTS
     assert settings.answering_to("fd00::7").allowed_hosts == (*LOOPBACK_HOSTS, "[fd00::7]")
 
 
 def test_settings_are_read_from_the_environment_with_sound_defaults() -> None:
-    default = Settings.from_environment({"FINETUNE_HOME": "/data"})
+    default = ServerSettings.from_environment({"FINETUNE_HOME": "/data"})
     web = Path("node_modules/onnxruntime-web")
-    assert default == Settings(Path("/data"), threads=available_cores(), onnxruntime_web=web)
+    assert default == ServerSettings(Path("/data"), threads=available_cores(), onnxruntime_web=web)
     assert (default.allowed_hosts, default.image_limits) == (LOOPBACK_HOSTS, ImageLimits())
-    given = Settings.from_environment(
+    given = ServerSettings.from_environment(
         {
             "FINETUNE_HOME": "/data",
             "FINETUNE_MODEL": "a@1",
@@ -70,7 +70,7 @@ def test_settings_are_read_from_the_environment_with_sound_defaults() -> None:
 @pytest.mark.parametrize("value", ["0", "-1", "two", "1.5"])
 def test_a_setting_that_is_no_number_is_named(value: str) -> None:
     with pytest.raises(InvalidInput, match="FINETUNE_THREADS"):
-        Settings.from_environment({"FINETUNE_THREADS": value})
+        ServerSettings.from_environment({"FINETUNE_THREADS": value})
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from typing import Any
 import mlflow
 import pytest
 from run_folders import begin_run, end_run, registered_run, spec_of, train_steps, whole_comparison, whole_run, whole_study
-from tiny_bundle import probe_files
+from tiny_bundle import self_test_files
 
 from finetune.bundle.predictor import Predictor
 from finetune.storage.files import write_json
@@ -339,7 +339,7 @@ def test_what_is_downloaded_of_a_version_is_a_bundle_that_answers(
     outcome = registered_run(run, workspace)
     assert mirror(run, workspace) == ""
     folder = mlflow.artifacts.download_artifacts("models:/flowers@champion", dst_path=str(tmp_path / "downloaded"))
-    image = probe_files()[0]
+    image = self_test_files()[0]
     assert outcome.bundle is not None
     assert Predictor.load(Path(folder)).predict(image).labels == Predictor.load(outcome.bundle).predict(image).labels
     version = client.get_model_version_by_alias("flowers", "champion")

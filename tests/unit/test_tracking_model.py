@@ -29,7 +29,7 @@ from PIL import Image
 from serving import in_process, registered, until
 from standin import picture, write_bundle
 from starlette.testclient import TestClient
-from tiny_bundle import CLASSES, PREPROCESS, probe_files, write_tiny_bundle
+from tiny_bundle import CLASSES, PREPROCESS, self_test_files, write_tiny_bundle
 
 from finetune.bundle.calibration import Calibration, OperatingPoint
 from finetune.bundle.mlflow_model import SCORING_SERVER
@@ -113,7 +113,7 @@ def test_the_onnx_flavour_is_the_same_network(folder: Path, bundle: Path) -> Non
     network = mlflow.onnx.load_model(str(folder))
     session = onnxruntime.InferenceSession(network.SerializeToString(), providers=["CPUExecutionProvider"])
     predictor = Predictor.load(bundle)
-    for data in probe_files():
+    for data in self_test_files():
         pixels = predictor.manifest.preprocess.load(data)[None]
         (probs,) = session.run(["probs"], {"images": pixels})
         assert np.allclose(probs, predictor.run(pixels).probs, atol=TOLERANCE)
@@ -183,7 +183,7 @@ def test_what_cannot_be_decoded_is_an_error_of_its_own(model: mlflow.pyfunc.PyFu
 
 
 def test_how_many_classes_are_given_is_a_param(model: mlflow.pyfunc.PyFuncModel) -> None:
-    data = probe_files()[0]
+    data = self_test_files()[0]
     assert [len(model.predict(data, {"top_k": k}).predictions[0]) for k in (1, 3, 5)] == [1, 3, 5]
     with pytest.raises(InvalidInput, match=f"from 1 to {len(CLASSES)}"):
         model.predict(data, {"top_k": len(CLASSES) + 1})
@@ -228,7 +228,7 @@ def test_what_predict_says_of_its_certainty_the_model_in_mlflow_says_too(
 
 def test_a_server_opens_no_file_that_a_client_names(served: TestClient, tmp_path: Path) -> None:
     file = tmp_path / "secret.png"
-    file.write_bytes(probe_files()[0])
+    file.write_bytes(self_test_files()[0])
     answer = served.post("/invocations", json={"inputs": [str(file)]})
     assert answer.status_code == 400
     assert served.post("/invocations", json={"inputs": [text_of(file.read_bytes())]}).status_code == 200
@@ -258,7 +258,7 @@ def test_nothing_of_it_is_pickled(folder: Path) -> None:
 
 def test_it_answers_where_torch_cannot_be_imported(folder: Path, bundle: Path, tmp_path: Path) -> None:
     file = tmp_path / "a.jpg"
-    file.write_bytes(probe_files()[1])
+    file.write_bytes(self_test_files()[1])
     program = f"""
 import json, sys
 for name in ("torch", "torchvision", "timm", "albumentations", "cv2"):
@@ -290,13 +290,13 @@ def test_mlflow_models_serve_answers_as_predict_does(folder: Path, bundle: Path,
     server = subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL)
     try:
         until(lambda: _is_up(f"http://127.0.0.1:{port}/ping"), SECONDS)
-        for data in probe_files():
+        for data in self_test_files():
             answer = httpx.post(f"http://127.0.0.1:{port}/invocations", json={"inputs": [text_of(data)]}, timeout=SECONDS)
             (row,) = answer.json()["predictions"]
             expected = dict(Predictor.load(bundle).predict(data).labels)
             assert probabilities(row) == pytest.approx(expected, abs=TOLERANCE)
         file = tmp_path / "a.jpg"
-        file.write_bytes(probe_files()[1])
+        file.write_bytes(self_test_files()[1])
         answer = httpx.post(f"http://127.0.0.1:{port}/invocations", json={"inputs": [str(file)]}, timeout=SECONDS)
         assert answer.status_code == 400
     finally:

@@ -290,7 +290,7 @@ def test_while_memory_is_retained_large_blocks_come_from_the_heap_instead_of_fre
     program = textwrap.dedent("""
         import ctypes
         import torch
-        from finetune.training.memory import retaining_memory
+        from finetune.runtime.allocator import retaining_memory
 
         class Mallinfo2(ctypes.Structure):
             names = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "u", "f", "uo", "fo", "k")

@@ -32,14 +32,14 @@ def diagnose(run: Path, against: Path | None = None) -> Diagnosis:
 
 def diagnose_records(records: RunRecords) -> Diagnosis:
     """Return the diagnosis of a run whose records have been read."""
-    verdicts = [check.check(records) for check in CHECKS]
+    results = [check.check(records) for check in CHECKS]
     causes = {check.code: check.explains for check in CHECKS}
     return Diagnosis(
         run=records.run.name,
         against=None if records.against is None else records.against.run.name,
-        findings=in_order([found for found in verdicts if isinstance(found, Finding)], causes),
-        clear=tuple(found for found in verdicts if isinstance(found, Clear)),
-        not_checked=tuple(found for found in verdicts if isinstance(found, NotChecked)),
+        findings=in_order([found for found in results if isinstance(found, Finding)], causes),
+        clear=tuple(found for found in results if isinstance(found, Clear)),
+        not_checked=tuple(found for found in results if isinstance(found, NotChecked)),
     )
 
 

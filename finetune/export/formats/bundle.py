@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.bundle.manifest import MODEL, PROBE, Manifest, read_manifest
-from finetune.bundle.predictor import Outputs, Predictor, read_probe
+from finetune.bundle.manifest import MODEL, SELF_TEST, Manifest, read_manifest
+from finetune.bundle.predictor import Outputs, Predictor, read_self_test
 from finetune.bundle.weights import HEAD_BIAS, HEAD_WEIGHT, open_origin
 from finetune.errors import ExportError
 
@@ -43,8 +43,8 @@ class Opened:
 
     @cached_property
     def images(self) -> NDArray[np.uint8]:
-        """The images (N, h, w, 3) uint8 to compare outputs on: those of the bundle's probe, and noise."""
-        known = read_probe(self.folder / PROBE).images
+        """The images (N, h, w, 3) uint8 to compare outputs on: those of the bundle's self-test, and noise."""
+        known = read_self_test(self.folder / SELF_TEST).images
         noise = np.random.default_rng(0).integers(0, 256, (_N_NOISE, *known.shape[1:]), dtype=np.uint8)
         return np.concatenate([known, noise])
 

@@ -40,7 +40,7 @@ FOLDS = 3  # that choose the strength of the L2 penalty, once for each size
 CURVE_POINTS = 40  # of the drawn curve
 MATTERS = 0.005  # of the metric: the smallest gain that is worth more labels
 _PLAIN_WORDS = {"top1": "accuracy", "mean_per_class_accuracy": "accuracy, mean over classes"}  # instead of the metric's label
-Verdict = Literal["helps", "hardly helps", "cannot tell"]
+Benefit = Literal["helps", "hardly helps", "cannot tell"]
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class LabelsStudy:
         return "more images per class" if self.per_class else "more images"
 
     @property
-    def verdict(self) -> Verdict:
+    def verdict(self) -> Benefit:
         """Whether the gain from the largest projected number of images is at least `MATTERS`, is less, or is too uncertain."""
         gain = self.projections[-1].gain
         if not self.curve.fits:

@@ -20,8 +20,8 @@ from typing import Any
 
 from finetune import __version__
 from finetune.bundle import mlflow_model
-from finetune.bundle.manifest import MANIFEST, MODEL, PROBE, Manifest, read_manifest
-from finetune.bundle.predictor import read_probe
+from finetune.bundle.manifest import MANIFEST, MODEL, SELF_TEST, Manifest, read_manifest
+from finetune.bundle.predictor import read_self_test
 from finetune.distribution import DISTRIBUTION
 from finetune.tracking.mlflow.names import key_text, value_text
 from finetune.tracking.view import ModelView
@@ -190,9 +190,9 @@ def signature(columns: Sequence[str]) -> Any:
 
 
 def example(bundle: Path) -> str:
-    """Return an example input: a JPEG in base64 of one of the bundle's probe images, as preprocessed."""
+    """Return an example input: a JPEG in base64 of one of the bundle's self-test images, as preprocessed."""
     from PIL import Image
 
     stream = io.BytesIO()
-    Image.fromarray(read_probe(bundle / PROBE).images[0]).save(stream, "JPEG", quality=90)
+    Image.fromarray(read_self_test(bundle / SELF_TEST).images[0]).save(stream, "JPEG", quality=90)
     return base64.b64encode(stream.getvalue()).decode("ascii")
