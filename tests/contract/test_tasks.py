@@ -62,7 +62,7 @@ def test_every_task_has_a_name_and_is_registered_in_every_layer_that_differs_bet
     assert len(set(names)) == len(names) >= 1
     assert sorted(objective.task for objective in OBJECTIVES) == sorted(names) == sorted(TARGETS)
     assert sorted(HEAD_SOLVERS) == sorted(LOSSES) == sorted(names)
-    assert sorted(LABEL_DOUBTS) == sorted(LABEL_FINDINGS) == sorted(query.task for query in QUERIES) == sorted(names)
+    assert sorted(LABEL_DOUBTS) == sorted(LABEL_FINDINGS) == sorted(QUERIES) == sorted(names)
     assert all(task.losses == LOSSES[task.name] for task in TASKS)
     assert all(task_named(name).name == objective_of(name).task == name for name in names)
 

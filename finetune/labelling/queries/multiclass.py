@@ -11,13 +11,11 @@ from numpy.typing import NDArray
 from finetune.labelling.choose import margins
 from finetune.labelling.queries.query import Thresholds
 from finetune.labelling.suggestion import Suggestion
-from finetune.tasks import task_named
 
 
 class MulticlassQuery:
     """Asks which of the most probable classes an image has."""
 
-    task = "multiclass"
     titles = ("perhaps", "or")
     columns = ("predicted", "probability", "second", "second_probability")
     lead = ""
@@ -27,7 +25,7 @@ class MulticlassQuery:
         return margins(probs)
 
     def order(self, probs: NDArray[np.float64], thresholds: Thresholds) -> NDArray[np.int64]:
-        return task_named(self.task).ranking(probs)
+        return np.argsort(-probs, kind="stable")
 
     def names(self, one: Suggestion) -> Sequence[str]:
         return one.likely[:2]

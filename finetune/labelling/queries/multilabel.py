@@ -17,7 +17,6 @@ from finetune.storage.files import json_text
 class MultilabelQuery:
     """Asks whether the labels that are given are right, the least certain ones first."""
 
-    task = "multilabel"
     titles = ("least certain", "and")
     columns = (
         "predicted",

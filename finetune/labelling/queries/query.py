@@ -14,12 +14,7 @@ Thresholds = NDArray[np.float64]  # (C,) probabilities from which on labels are 
 
 
 class Query(Protocol):
-    """The query strategy of one task. Stateless."""
-
-    @property
-    def task(self) -> str:
-        """The name of the task."""
-        ...
+    """A query strategy. Stateless."""
 
     @property
     def titles(self) -> tuple[str, str]:
