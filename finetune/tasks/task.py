@@ -1,8 +1,10 @@
 """The protocol of a task: everything that differs between single-label and multi-label classification.
 
 A task defines how targets are encoded, the function from logits to probabilities, the decision made from them, the metrics, and
-the form of a prediction. All of it is torch-free. The training loss of each task is in `finetune.training.objectives` and its
-solved head in `finetune.features.heads`, both under the task's name.
+the form of a prediction. All of it is torch-free. What belongs to other layers is in their tables, under the task's name: its
+name and losses in the job spec (`finetune.spec.tasks`), the objective of training (`finetune.training.objectives`), the solver of
+the head (`finetune.features.heads`), what doubts labels during training (`finetune.training.label_doubts`) and in an examination
+(`finetune.doctor.label_findings`), and what to label next (`finetune.labelling.queries`). No other module asks which task it is.
 """
 
 from __future__ import annotations
@@ -244,5 +246,8 @@ class Task(Protocol):
         ...
 
     def ranking(self, probs: NDArray[np.floating[Any]]) -> NDArray[np.int64]:
-        """Return the class indices sorted by probs (C,) of one image, most probable first, ties in class order."""
+        """Return the class indices sorted by probs (C,) of one image, most probable first, ties in class order.
+
+        A task without thresholds, whose decision is another class than the most probable one, puts that class first.
+        """
         ...
