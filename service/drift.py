@@ -115,8 +115,9 @@ class DriftWatch:
             return self._found[version.path]
 
     def last_found(self) -> list[tuple[str, str, Drift]]:
-        """Return (name, version, drift) of the versions that were tested since the server started."""
+        """Return (name, version, drift) of the versions that were tested since the server started and still exist."""
         with self._lock:
+            self._drop_deleted()
             return [(*self._names[path], drift) for path, drift in self._found.items()]
 
     def run_round(self) -> None:
