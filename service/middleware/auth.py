@@ -183,7 +183,7 @@ def _forbid(caller: Caller, scopes: tuple[KeyScope, ...]) -> NoReturn:
     wanted = " or ".join(repr(scope) for scope in scopes)
     raise HTTPException(
         403,
-        f"This key has the scopes {', '.join(sorted(caller.scopes))}; this takes {wanted}",
+        f"This key has the scopes {', '.join(sorted(caller.scopes))}; this request needs {wanted}",
         headers={"WWW-Authenticate": f'{CHALLENGE}, error="insufficient_scope"'},
     )
 
