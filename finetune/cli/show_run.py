@@ -23,6 +23,7 @@ from finetune.storage.journal import read_lines
 from finetune.storage.rundir import RunDir
 from finetune.tasks import TASKS
 from finetune.tasks.leading import recorded_leading
+from finetune.tracking.mirror import read_state
 
 if TYPE_CHECKING:
     from finetune.runs.outcome import Outcome
@@ -67,8 +68,9 @@ def show_outcome(outcome: Outcome, run: RunDir, registry: Registry) -> None:
             f"default   {reference} answers requests without a model name"
             if _is_default(outcome, registry)
             else f"promote   finetune models promote {outcome.model} {outcome.version} --default",
-            "runs      finetune mlflow",
         ]
+        if read_state(run, "mlflow") is not None:
+            lines.append("runs      finetune mlflow")
     for line in lines:
         console.print(line, markup=False, soft_wrap=True)
 

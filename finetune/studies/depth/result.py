@@ -222,8 +222,8 @@ def headline(study: DepthStudy) -> str:
     if not degraded and all("underfitting" in network.findings for network in networks):
         least = min(network.train_error for network in networks)
         return (
-            f"The effect of depth cannot be seen: all plain networks underfit (training error at least {least:.0%}). Train longer, "
-            "with more --epochs, or on more images."
+            f"The effect of depth cannot be seen: all plain networks underfit (training error at least {least:.0%}). Train "
+            "longer, with more --epochs, or on more images."
         )
     if not degraded:
         return (
