@@ -66,7 +66,7 @@ def read_body(raw: bytes) -> dict[str, Any]:
             are reported with their field paths.
     """
     try:
-        body = json.loads(raw, object_pairs_hook=_without_twins, parse_constant=_NotFinite, parse_float=_number)
+        body = json.loads(raw, object_pairs_hook=_without_duplicate_keys, parse_constant=_NotFinite, parse_float=_number)
         json.dumps(body, ensure_ascii=False).encode()
         if problems := _structure_problems(body):
             raise InvalidInput(summary(problems), problems)
@@ -405,7 +405,7 @@ def summary(problems: Sequence[Problem]) -> str:
     return first if len(problems) == 1 else f"{len(problems)} problems, the first: {first}"
 
 
-def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _without_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         twice = next(key for number, (key, _) in enumerate(pairs) if key in dict(pairs[:number]))

@@ -85,9 +85,9 @@ class PictureIndex:
             else:
                 dataset = index_dataset(training, validation, test, for_training=False, reading=reading_of(reading))
         except (DataError, ArchiveError, MissingExtra):
-            raise NotFound("The pictures are gone: the dataset was deleted, or can no longer be read") from None
+            raise NotFound("The pictures are not available: the dataset was deleted, or can no longer be read") from None
         if not dataset.samples:
-            raise NotFound("The pictures are cells of a table. Those are trained on and not shown here")
+            raise NotFound("The pictures are cells of a table. They are used in training, but not shown here")
         found = Pictures(dataset, {sample.id: sample for sample in dataset.samples})
         with self._lock:
             self._known[key] = found

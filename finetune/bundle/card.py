@@ -157,7 +157,7 @@ def checked_sentences(calibration: Calibration) -> list[str]:
         right = f", and {_interval(found)} of these answers were right" if "value" in found else ""
         sentences.append(f"{where}, asked for {found['asked']:.0%} precision, it answered {found['answered']:.1%}{right}.")
     if found := checked.get("unlike"):
-        sentences.append(f"{where}, {_interval(found)} counted as unlike anything seen ({found['asked']:.0%} are meant to).")
+        sentences.append(f"{where}, {_interval(found)} counted as unlike the known images ({found['asked']:.0%} are meant to).")
     return sentences
 
 

@@ -70,10 +70,12 @@ class Manifest:
         """Check that the fields do not contradict each other."""
         twice = sorted({label for label in self.classes if self.classes.count(label) > 1})
         if twice:
-            raise ValueError(f"classes {twice} stand there twice")
+            raise ValueError(f"classes {twice} are listed twice")
         missing = [output for output in _REQUIRED_OUTPUTS if output not in self.outputs]
         if missing or len(set(self.outputs)) != len(self.outputs):
-            raise ValueError(f"outputs {list(self.outputs)} must hold each of {list(_REQUIRED_OUTPUTS)} once, and may hold cam")
+            raise ValueError(
+                f"outputs {list(self.outputs)} must contain each of {list(_REQUIRED_OUTPUTS)} once, and may contain cam"
+            )
         if bool(self.cam.get("available")) != ("cam" in self.outputs):
             raise ValueError(f"cam.available is {self.cam.get('available')}, but outputs are {list(self.outputs)}")
         if "name" not in self.backbone:

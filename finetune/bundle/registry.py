@@ -253,7 +253,7 @@ class Registry:
             if (place / MANIFEST).is_file():
                 return place
         if "/" in reference:
-            raise NotFound(f"{reference}: no run that was exported, and no bundle, is in this folder")
+            raise NotFound(f"{reference}: this folder is neither a bundle nor a run that exported a model")
         return self.lookup(reference).path
 
     def set_alias(self, name: str, alias: str, version: str, **audit: Any) -> ModelVersion:
@@ -289,7 +289,7 @@ class Registry:
         moves = [version for moved, version in moves_in(folder) if moved == alias]
         previous = next((version for version in reversed(moves) if version != current and (folder / version).is_dir()), None)
         if previous is None:
-            raise Conflict(f"{name}@{alias} has only ever meant version {current}: there is nothing to go back to")
+            raise Conflict(f"{name}@{alias} has never pointed at a version other than {current} that still exists")
         return self.set_alias(name, alias, previous, **audit)
 
     def delete(self, name: str, version: str | None = None, *, force: bool = False) -> None:
@@ -310,7 +310,9 @@ class Registry:
             held = sorted(alias for found in doomed for alias in found.aliases)
             if held and not force:
                 what = name if version is None else f"version {doomed[0].version} of {name}"
-                raise Conflict(f"{what} is what {', '.join(held)} means. Move the alias to another version first, or force it")
+                raise Conflict(
+                    f"{what} has the alias {', '.join(held)}. Point it at another version first, or force the deletion"
+                )
             leaving = {found.version for found in doomed}
             left = [found for found in versions_in(folder) if found not in leaving]
             aliases = {alias: target for alias, target in read_aliases(folder).items() if target not in leaving}

@@ -1,4 +1,4 @@
-"""`models`: the registered models of a workspace, what they answer with, and who may use them."""
+"""`models`: list, show, promote, deploy, share and delete the registered models of a workspace."""
 
 from __future__ import annotations
 

@@ -183,7 +183,7 @@ def advise_resize(facts: ImageFacts) -> ResizeAdvice:
     if spread <= SQUASH_SPREAD:
         return ResizeAdvice(
             "squash",
-            f"images are up to {elongated:.2f} times as long as wide, all of nearly one shape, so squashing bends them alike",
+            f"images are up to {elongated:.2f} times as long as wide, all of nearly one shape, so squashing distorts them alike",
         )
     return ResizeAdvice(
         "letterbox", f"images are up to {elongated:.2f} times as long as wide, in differing shapes: a crop would hide parts"
@@ -266,7 +266,7 @@ def append_note(path: Path, lines: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a", encoding="ascii") as stream:
-            stream.write(f"\n{lines}")  # a torn line of a killed process ends here
+            stream.write(f"\n{lines}")  # the line break ends a line that a killed process left incomplete
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

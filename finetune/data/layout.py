@@ -57,7 +57,7 @@ def _only_folder(folder: Folder) -> Folder | None:
     full = [inner for inner in folder.folders if inner.has_images()]
     if len(full) != 1 or any(node.is_image for node in full[0].files):
         return None
-    # Beside empty folders, which may be classes that somebody forgot to fill, it takes more to be sure.
+    # Empty folders beside it may be classes without images, so a single folder inside is not sufficient evidence.
     is_sure = len(folder.folders) == 1 or sum(inner.has_images() for inner in full[0].folders) > 1
     return full[0] if is_sure else None
 
@@ -98,7 +98,7 @@ class _Reader:
     def _say_left_out(self, whole: Folder) -> None:
         names = sorted(printable(path) for folder in whole.walk() for path in folder.left_out)
         if names:
-            self.notes.say(f"left out, as systems and programs leave them behind: {natural_list(names, 8)}")
+            self.notes.say(f"left out, as systems or programs create them: {natural_list(names, 8)}")
 
     # ---------------------------------------------------------------------------------------------------------------- splits
 
@@ -117,10 +117,10 @@ class _Reader:
             return self._flat(root, named, full_others)
         unsure = [folder for folder in named if not self._certain(meanings[folder.name])]
         if unsure and not self._same_classes(deep):
-            self._ask(root, named, "their names look like splits, and what is in them does not settle it")
+            self._ask(root, named, "their names look like splits, but their contents do not confirm it")
             return None
         if full_others and not any(self._meant(folder) == "train" for folder in deep):
-            if told:  # a test folder beside the classes, and somebody has said so
+            if told:  # a test folder beside the classes, and data.splits says that it is one
                 return {**self._by_split(root, named), None: [_with_only(root, others)]}
             self._ask(root, named, f"beside {_slashed(full_others[:5])} they may be splits or classes")
             return None
@@ -135,7 +135,7 @@ class _Reader:
 
     def _is_left_out(self, folder: Folder) -> bool:
         meaning = split_meaning(folder.name, self.reading.splits)
-        if folder.name == _UNLABELLED and meaning is None:  # CVAT's name for images that nobody has labelled
+        if folder.name == _UNLABELLED and meaning is None:  # CVAT's name for images without labels
             self.notes.say(
                 f"{printable(folder.path)}/ was left out; --set 'data.splits={{{folder.name}: class}}' makes it a class"
             )
@@ -162,7 +162,7 @@ class _Reader:
             return {} if others else self._checked(root, named, [], others)
         certain = {self._meant(folder) for folder in full if self._certain(split_meaning(folder.name, self.reading.splits))}
         if others and len(certain) < 2:
-            return {}  # "train" beside "plane" and "car"
+            return {}  # classes of that name, such as "train" beside "plane" and "car"
         self._ask(root, full, "they hold images directly, and no class folders: are they classes?")
         return None
 

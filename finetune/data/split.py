@@ -56,7 +56,7 @@ def split_dataset(
     if "val" in given:
         if recorded is not None:
             raise DataError(
-                f"{printable(dataset.root)}: validation images are given, so data.split_file has nothing to say; leave out one"
+                f"{printable(dataset.root)}: validation images are given, so data.split_file has no effect; leave out one of them"
             )
         return _sorted(dataset, (replace(sample, split=sample.split or "train") for sample in dataset.samples))
     kept = [sample for sample in dataset.samples if sample.split == "test"]
@@ -92,7 +92,7 @@ def fold_datasets(dataset: Dataset, n_folds: int, *, val_fraction: float = 0.15,
             for unit, dealt_to in zip(units, dealt, strict=True)
             for sample in unit.samples
         ]
-        # The seed of another fold would choose with much the same images again.
+        # Another seed for each fold: with the same one, most val images of all folds would be the same.
         divided = replace(dataset, samples=tuple(samples))
         folds.append(split_dataset(divided, val_fraction=val_fraction, seed=seed + ((fold + 1) << 32)))
     return tuple(folds)

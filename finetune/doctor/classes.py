@@ -91,10 +91,10 @@ def _small(totals: Mapping[str, int], noun: str) -> Iterator[Finding]:
         yield Finding(
             "small_classes",
             "doubt",
-            f"{_several(noun).capitalize()} with few images",
+            f"{_plural_of(noun).capitalize()} with few images",
             len(small),
-            f"{said}: figures of {_several(noun)} with fewer than {FEW_IMAGES} images say little.",
-            f"Add images, or merge {_several(noun)}.",
+            f"{said}: figures of {_plural_of(noun)} with fewer than {FEW_IMAGES} images say little.",
+            f"Add images, or merge {_plural_of(noun)}.",
             tuple(
                 Case((), 1.0, f"{name}: {plural(count, 'image')}", key=case_key("small_classes", [name]))
                 for name, count in small.items()
@@ -102,7 +102,7 @@ def _small(totals: Mapping[str, int], noun: str) -> Iterator[Finding]:
         )
 
 
-def _several(noun: str) -> str:
+def _plural_of(noun: str) -> str:
     """Return the plural of ``class`` or ``label``."""
     return {"class": "classes", "label": "labels"}[noun]
 
@@ -113,10 +113,10 @@ def _missing(counts: Mapping[str, Mapping[str, int]], noun: str) -> Iterator[Fin
         yield Finding(
             "missing_in_split",
             "problem",
-            f"{_several(noun).capitalize()} that a split cannot measure",
+            f"{_plural_of(noun).capitalize()} that a split cannot measure",
             len(missing),
             natural_list([f"{name} has no {split} image" for split, name in missing], 8) + ".",
-            f"Add images of these {_several(noun)}, or draw the split anew.",
+            f"Add images of these {_plural_of(noun)}, or draw the split anew.",
             tuple(
                 Case((), 1.0, f"{name}: none in {split}", key=case_key("missing_in_split", [split, name]))
                 for split, name in missing
@@ -131,11 +131,11 @@ def _unequal(totals: Counter[str], noun: str) -> Iterator[Finding]:
     yield Finding(
         "imbalance",
         "note",
-        f"{_several(noun).capitalize()} of very different size",
+        f"{_plural_of(noun).capitalize()} of very different size",
         1,
         f"{most[0]} has {most[1]:,} images, {least[0]} {least[1]:,}. Figures over all images hardly depend on small "
-        f"{_several(noun)}: read the mean over {_several(noun)} (macro) first.",
-        f"Add images of the small {_several(noun)}, or set data.class_weights: balanced or data.logit_adjustment: 1.",
+        f"{_plural_of(noun)}: read the mean over {_plural_of(noun)} (macro) first.",
+        f"Add images of the small {_plural_of(noun)}, or set data.class_weights: balanced or data.logit_adjustment: 1.",
         (
             Case(
                 (),

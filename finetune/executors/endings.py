@@ -117,7 +117,7 @@ def _after_crash(ending: Ending, code: str | None, retry_base_seconds: float) ->
         return TryAgain(_description(ending), retry_base_seconds, counted="lost")
     memory_ran_out = code == "out_of_memory" or _killed_for_memory(ending)
     if ending.stalled_attempts >= (MAX_OUT_OF_MEMORY if memory_ran_out else MAX_STALLED_ATTEMPTS):
-        times = f"It ended so {ending.stalled_attempts} times in a row without a new checkpoint."
+        times = f"It ended like this {ending.stalled_attempts} times in a row without a new checkpoint."
         message = f"{_description(ending)} {times} The log ends with:\n{ending.log_tail}"
         return Finish("failed", "out_of_memory" if memory_ran_out else "stalled" if ending.hung else "crash_loop", message)
     doubled = retry_base_seconds * 2.0 ** max(ending.stalled_attempts - 1, 0)
@@ -144,7 +144,7 @@ def _description(ending: Ending) -> str:
     if ending.exit_code == -signal.SIGKILL:
         return "The run was killed (signal 9)."
     if ending.exit_code < 0:
-        return f"The run died of signal {-ending.exit_code} ({_signal_name(-ending.exit_code)})."
+        return f"The run was ended by signal {-ending.exit_code} ({_signal_name(-ending.exit_code)})."
     if ending.exit_code == EXIT_INTERRUPTED:
         return "The run was interrupted, most likely because its worker could not renew its lease in time."
     return f"The run ended with exit code {ending.exit_code}, and without a result."

@@ -127,7 +127,7 @@ def release_lost(connection: Connection, row: RowMapping, now: float) -> None:
         values, kind, level, said = {**ended, "state": "cancelled"}, "cancelled", "info", "The job was cancelled."
     elif counts["lost_attempts"] >= MAX_LOST_ATTEMPTS:
         said = (
-            f"{lost}, as {MAX_LOST_ATTEMPTS - 1} did before it; the job itself seems to end them, most often for want of memory."
+            f"{lost}, as {MAX_LOST_ATTEMPTS - 1} did before it; the job itself seems to end them, most often for lack of memory."
         )
         values, kind, level = {**ended, "state": "failed", "error_code": "crash_loop", "error_message": said}, "failed", "error"
     else:

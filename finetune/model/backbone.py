@@ -35,7 +35,7 @@ _SEVERAL_MAPS_NOTE = (
 
 # VGG's pretrained layers after pooling are deliberately left out.
 _VGG_NOTE = (
-    "the fully connected fc6 and fc7 are left out: the head stands on the global average of the last convolution, "
+    "the fully connected fc6 and fc7 are left out: the head uses the global average of the last convolution, "
     "which makes the activation map exact and saves nine tenths of the parameters"
 )
 
@@ -313,7 +313,7 @@ def _readout(module: nn.Module, trace: Trace, feature_format: FeatureFormat) -> 
     if not layers:
         is_mean = mean.shape == trace.pre_logits.shape and torch.allclose(mean, trace.pre_logits, rtol=1e-3, atol=1e-4)
         return Readout(
-            "linear", note="" if is_mean else "the head stands on the mean over positions, not on the network's own pooling"
+            "linear", note="" if is_mean else "the head uses the mean over positions, not on the network's own pooling"
         )
     norm = module.get_submodule(layers[0])
     if len(layers) == 1 and isinstance(norm, nn.LayerNorm) and tuple(norm.normalized_shape) == tuple(mean.shape[1:]):

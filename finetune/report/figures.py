@@ -332,7 +332,7 @@ def accuracy_coverage(curve: AccuracyCoverage, calibration: Calibration | None =
                 [checked["answered"]], [checked["value"]], yerr=errors, fmt="D", color=TRAIN, markersize=6, capsize=4,
                 label=f"where it abstains: answers {checked['answered']:.0%}",
             )  # fmt: skip
-    axes.set(xlabel="share of images answered, the surest first", ylabel="accuracy", xlim=(0, 1.01))
+    axes.set(xlabel="share of images answered, the most confident first", ylabel="accuracy", xlim=(0, 1.01))
     axes.set_ylim(max(0.0, min(curve.accuracy) - 0.12), 1.01)
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))

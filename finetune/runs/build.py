@@ -208,8 +208,8 @@ def _check_random_start(classifier: Classifier) -> None:
         return
     if weights.origin.manifest.frozen.get("digest_before") != frozen_digest(classifier, _NOTHING_TRAINS):
         raise WeightsError(
-            f"{weights.origin.reference} has a random backbone that was drawn with another version of torch or timm, and cannot "
-            "be drawn again here: train it with method partial or full, whose bundle keeps the weights"
+            f"{weights.origin.reference} has a randomly initialised backbone from another version of torch or timm, which "
+            "cannot be reproduced here: train it with method partial or full, whose bundle keeps the weights"
         )
 
 

@@ -25,7 +25,7 @@ from finetune.training.compute import Compute
 from finetune.training.image_weights import WeightFacts, weight_facts
 from finetune.training.recipe import GIVEN, Facts, Recipe, refit_recipe, resolve_recipe
 
-_WEIGHTS_FROM = {"package": "an installed package", "hub": "timm's hub", "model": "the bundle of one's own model"}
+_WEIGHTS_FROM = {"package": "an installed package", "hub": "timm's hub", "model": "the bundle of your own model"}
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ BUDGETED: tuple[Namespace, ...] = ("features", "pixels", "engines", "sources")
 
 LARGEST_BUDGET_BYTES = 20 * 1024**3
 _CLOCK_STEP_SECONDS = 0.1  # the file system's clock for timestamps may lag by this much
-ABANDONED_SECONDS = 3600.0  # a temporary file this old belongs to a process that died
+ABANDONED_SECONDS = 3600.0  # a temporary file of this age was left by a process that died
 
 
 @dataclass(frozen=True, order=True)

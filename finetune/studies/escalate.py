@@ -55,7 +55,7 @@ class Escalation:
         gains = self.gains(n_done)
         said = [f"{name} gained {gain}" for name, gain in gains]
         if gains and not gains[-1][1].pays:
-            said[-1] += ", so it goes no deeper"
+            said[-1] += ", so no more stages are trained"
         return said
 
 

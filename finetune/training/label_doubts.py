@@ -1,6 +1,6 @@
-"""Note the labels that the frozen features of a run contradict. A note alone: nothing is refused, and no figure depends on it.
+"""Record the labels that the frozen features of a run contradict. They are only reported: nothing is refused or changed.
 
-The features are at hand where a head is solved, so this takes no decoding. `finetune check` looks closer, and names more.
+Where a head is solved the features are known, so no image is decoded. `finetune check` tests more thoroughly and finds more.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SHOWN = 3
 def note_label_doubts(run: RunDir, dataset: Dataset, parts: Sequence[tuple[Sequence[Sample], Features]]) -> None:
     """Write the labels that are probably wrong into the run folder, and record how many there are as an event.
 
-    Runs of one study have the same images: the first of them writes the table of all.
+    The runs of a study have the same images, so only the first one computes the table.
 
     Args:
         parts: samples with their features (n, D), of which view 0 is that of evaluation.
@@ -93,4 +93,4 @@ def label_doubts_noted(run: RunDir) -> tuple[str, ...]:
     shown = "; ".join(f"{printable(one['path'])} {one['doubt']}" for one in found[:SHOWN])
     more = f"; and {len(found) - SHOWN:,} more in measurements/{table.name}" if len(found) > SHOWN else ""
     images = f"{plural(len(found), 'image')} ({shown}{more})"
-    return (f"Labels that are probably wrong: {images}. finetune check shows them, and looks closer",)
+    return (f"Labels that are probably wrong: {images}. finetune check shows them, and tests more thoroughly",)

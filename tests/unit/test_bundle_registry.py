@@ -174,7 +174,7 @@ def test_rollback_without_a_past_says_so(registry: Registry, bundle: Path) -> No
     with pytest.raises(NotFound, match="no version or alias 'challenger'"):
         registry.rollback("trees", "challenger")
     registry.set_alias("trees", "champion", "1")
-    with pytest.raises(Conflict, match="has only ever meant version 1"):
+    with pytest.raises(Conflict, match="has never pointed at a version other than 1"):
         registry.rollback("trees")
 
 
@@ -235,7 +235,7 @@ def test_a_reference_is_a_folder_a_name_or_a_name_with_a_version_or_alias(regist
     assert registry.locate(str(bundle)) == registry.locate(str(bundle.parent)) == bundle, "the bundle, or its run's folder"
     assert registry.locate() == registry.locate("trees") == registry.locate("trees@champion") == folder / "1"
     assert registry.locate("trees@2") == registry.locate("trees@latest") == folder / "2"
-    with pytest.raises(NotFound, match="no run that was exported, and no bundle, is in this folder"):
+    with pytest.raises(NotFound, match="this folder is neither a bundle nor a run that exported a model"):
         registry.locate("./nowhere")
     with pytest.raises(NotFound, match="no version or alias '7'"):
         registry.locate("trees@7")

@@ -78,7 +78,7 @@ def test_a_few_images_refuse_nobody_and_say_so() -> None:
     said = chance_warning(answered(2, 6))
     assert said is not None
     assert said.startswith("registered without proof that it is better than chance: its top1 on the 6 test images is 0.333")
-    assert said.endswith("6 images say little, so evaluate it on more")
+    assert said.endswith("6 images are few, so evaluate it on more")
 
 
 def test_where_all_images_are_of_one_class_there_is_no_chance_to_beat() -> None:
@@ -90,7 +90,7 @@ def test_where_all_images_are_of_one_class_there_is_no_chance_to_beat() -> None:
 @pytest.mark.parametrize("n", [6, 100])
 def test_weights_that_ran_away_are_refused_however_few_images_tell(n: int) -> None:
     diverged = answered(n // 2, n, sure=1e9)
-    with pytest.raises(NoBetterThanChance, match=rf"its loss on the {n} test images is 5e\+08; answering at random has 0\.693"):
+    with pytest.raises(NoBetterThanChance, match=rf"its loss on the {n} test images is 5e\+08; random predictions have 0\.693"):
         refuse_diverged(diverged)
     assert str(chance_warning(diverged)).endswith("so training diverged")
 
@@ -106,7 +106,7 @@ def test_a_temperature_needs_enough_held_out_images_and_a_best_value() -> None:
     logits, targets = made_up(MIN_IMAGES_TO_CALIBRATE, 3)
     assert fit_temperature(table(logits, targets)) is not None
     assert fit_temperature(table(logits[:-1], targets[:-1])) is None
-    assert fit_temperature(answered(100, 100)) is None, "where every image is labelled rightly, none fits best"
+    assert fit_temperature(answered(100, 100)) is None, "where every image is predicted correctly, none fits best"
 
 
 def test_every_split_is_judged_and_val_alone_gives_the_temperature() -> None:

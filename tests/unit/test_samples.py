@@ -121,7 +121,7 @@ def test_the_command_shows_copies_and_deletes_them(registry: Registry, tmp_path:
         assert done.exit_code == 0, done.output
         return done.output
 
-    assert "No image that colours@1 was asked about is kept" in run()
+    assert "No images sent to colours@1 are stored" in run()
     store = SampleStore(registry, SamplingPolicy())
     for number, owner in enumerate(("ann", "bob", "ann")):
         store.keep("colours", "1", image(number), {**RECORD, "owner": owner}, 1_700_000_000.0 + number)

@@ -29,7 +29,7 @@ class ClassFoldersSource:
 
     def read(self, place: Place, reading: Reading, notes: Notes) -> Listing:
         if place.focus is not None:
-            notes.problem(place.shown, f"is no folder, no zip or tar, and no table of images{_what_it_is(place.focus)}")
+            notes.problem(place.shown, f"is neither a folder, a zip or tar, nor a table of images{_what_it_is(place.focus)}")
             return Listing()
         refuse_columns(reading, notes, "class folders")
         layout = understand(place.tree, reading, notes)

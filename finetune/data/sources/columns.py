@@ -99,7 +99,7 @@ def find_columns(
     split = chooser.named("split") or chooser.split(reading, file)
     flag = None if split else chooser.flag_of_val()
     split = split or flag
-    group = chooser.named("group") or chooser.alias(_GROUP, "group", said=True)
+    group = chooser.named("group") or chooser.alias(_GROUP, "group", reported=True)
     weight = chooser.named("weight")
     label = chooser.named("label") or chooser.label({file, split, group, weight}, sample, needed=label_needed)
     if chooser.failed or file is None or (label is None and label_needed):
@@ -142,10 +142,10 @@ class _Chooser:
         found = [column for column in self.table.columns if _plain(column) in names]
         return found or [column for column in self.table.columns if _plain(column) in map(without_accents, foreign)]
 
-    def alias(self, names: tuple[str, ...], what: str, *, said: bool) -> str | None:
+    def alias(self, names: tuple[str, ...], what: str, *, reported: bool) -> str | None:
         """Return the column with one of these names if there is exactly one, else None."""
         found = self.aliases(names)
-        if len(found) == 1 and said and found[0] != what:
+        if len(found) == 1 and reported and found[0] != what:
             self.notes.say(
                 f"{self.shown}: the column {found[0]!r} was taken for the {what}; --set data.{what}_column=NAME names another"
             )
