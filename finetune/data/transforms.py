@@ -10,7 +10,9 @@ import inspect
 import math
 import os
 import random
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import cv2
@@ -19,9 +21,24 @@ import numpy as np
 from finetune.bundle.preprocess import Preprocess
 from finetune.errors import Problem, SpecError, did_you_mean
 
+
+@contextmanager
+def _not_importable(module: str) -> Iterator[None]:
+    """Make the import of a module fail in the block as if it were not installed, unless it is imported already."""
+    if module in sys.modules:
+        yield
+        return
+    sys.modules[module] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[module]
+
+
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # without it, the import asks the package index for newer versions
-import albumentations as A
-from albumentations.augmentations.crops.transforms import CropSizeError
+with _not_importable("albumentations.pytorch"):  # optional, not used here, and it imports PyTorch, which takes seconds
+    import albumentations as A
+    from albumentations.augmentations.crops.transforms import CropSizeError
 
 cv2.setNumThreads(0)  # the loader's threads use all cores already
 

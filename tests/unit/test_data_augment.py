@@ -44,6 +44,18 @@ def gradient(height: int, width: int) -> np.ndarray:
 POLICIES: tuple[Policy, ...] = ("none", "light", "default", "strong")
 
 
+def test_views_import_no_torch_and_the_librarys_part_for_it_can_still_be_imported() -> None:
+    code = (
+        "import sys\n"
+        "import finetune.data.transforms\n"
+        "assert 'albumentations' in sys.modules\n"
+        "assert 'torch' not in sys.modules\n"
+        "from albumentations.pytorch import ToTensorV2\n"
+        "assert 'torch' in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("resize", ["crop", "squash", "letterbox"])
 @pytest.mark.parametrize("shape", [(60, 80), (7, 300), (300, 7), (1, 1), (32, 32)])
