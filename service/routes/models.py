@@ -203,7 +203,7 @@ async def get_export(
         return StreamingResponse(iter(()), media_type="application/octet-stream", headers=headers)
     exported = await server.exporter.write(found, format, caller.owner)
     headers = {"Content-Length": str(exported.size_bytes), "Content-Disposition": f'attachment; filename="{exported.filename}"'}
-    return StreamingResponse(exported.pieces(), media_type="application/octet-stream", headers=headers)
+    return StreamingResponse(exported.chunks(), media_type="application/octet-stream", headers=headers)
 
 
 @models_router.get("/{name}/versions/{version}/files/{file}", response_class=FileResponse, responses=BUNDLE_ANSWER)

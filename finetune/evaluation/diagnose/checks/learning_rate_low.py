@@ -27,7 +27,7 @@ class LearningRateLow:
         before = records.losses(first)
         change = paired(first, last, before, records.losses(last))
         relative = 0.0 if change is None else abs(change.value) / max(float(before.mean()), 1e-12)
-        figure = f"the stage that changed most changed by {distances[furthest]:.1g} of its size"
+        figure = f"the largest change of a stage is {distances[furthest]:.1g} of its size"
         if distances[furthest] >= MOVED or relative > CHANGED:
             return Clear(self.code, self.title, figure)
         peak = max(phase["head_lr"] for phase in records.phases)
