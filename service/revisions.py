@@ -19,7 +19,7 @@ from finetune.data.contents import link_files
 from finetune.data.dataset import Dataset, Sample
 from finetune.data.files import StoredFile
 from finetune.data.intake import Intake, describe
-from finetune.data.names import class_name, why_no_class_name
+from finetune.data.names import class_name, problem_of_class_name
 from finetune.data.places.tree import is_system
 from finetune.errors import Conflict, DataError, InvalidInput, Problem
 from finetune.jobs.files import UploadedFile
@@ -113,7 +113,7 @@ def _place(sample: Sample, pictures: Pictures, wanted: Corrections) -> str | Non
 
 def _why_no_label(label: str) -> str | None:
     """Return why a text cannot be the name of a class and of its folder, or None if it can."""
-    why = why_no_class_name(label)
+    why = problem_of_class_name(label)
     if why is not None or len(label) > MAX_LABEL or label.startswith(".") or "/" in label or "\\" in label:
         return f"cannot be the name of a class{f': it {why}' if why else ''}; {MAY_HOLD}"
     if is_system(class_name(label).strip()):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from finetune.data.dataset import BadImage, Dataset, Sample, Split, unmeasured
 from finetune.data.layout import without_wrapping
-from finetune.data.names import same_class, why_no_class_name
+from finetune.data.names import problem_of_class_name, same_class
 from finetune.data.notes import Notes
 from finetune.data.places import Place, open_place
 from finetune.data.places.opening import NO_SPREADSHEETS, SPREADSHEETS
@@ -356,7 +356,7 @@ def _check_names(found: _Found, place: str, notes: Notes) -> None:
         spelled: dict[str, list[str]] = defaultdict(list)
         for name in found.counts(split):
             spelled[same_class(name)].append(name)
-            if (why := why_no_class_name(name)) is not None:
+            if (why := problem_of_class_name(name)) is not None:
                 notes.problem(found.places.get(split, place), f"a class name that {why}: '{printable(name)}'")
         for names in spelled.values():
             if len(names) > 1:

@@ -92,7 +92,7 @@ def check(locations: Mapping[str, Path], data: DataSpec, limits: ArchiveLimits =
         DataError: with one problem for everything that keeps the data from being used.
         ArchiveError: an archive is refused; the message names the member.
     """
-    if any(map(needs_care, locations.values())):
+    if any(map(needs_child_process, locations.values())):
         paths = {name: str(path) for name, path in locations.items()}
         sizes: dict[str, int] = _ask_child({"locations": paths, "data": data.model_dump(mode="json")}, limits, "data")["sizes"]
         return sizes
@@ -126,7 +126,7 @@ def _index(locations: Mapping[str, Path], data: DataSpec, *, for_training: bool 
     return index_dataset(paths[0], paths[1], paths[2], for_training=for_training, reading=reading_of(data))
 
 
-def needs_care(location: Path) -> bool:
+def needs_child_process(location: Path) -> bool:
     """Return whether a location must be read in a child process: it is a file, or has tables or annotations in it."""
     if location.is_file():
         return True

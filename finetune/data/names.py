@@ -208,7 +208,7 @@ def in_encoding(name: str, encoding: str) -> str:
         return name
 
 
-def why_no_class_name(name: str) -> str | None:
+def problem_of_class_name(name: str) -> str | None:
     """Return the reason why a text cannot be a class name; None if it can."""
     if not name.strip():
         return "is empty"

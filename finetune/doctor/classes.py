@@ -31,7 +31,7 @@ def class_findings(dataset: Dataset) -> Iterator[Finding]:
     yield from _unequal(totals, noun)
 
 
-def first_look(dataset: Dataset) -> tuple[str, ...]:
+def class_warnings(dataset: Dataset) -> tuple[str, ...]:
     """Return a sentence for each finding that needs no pixels and is not part of the other checks of every job."""
     told = ("combined_labels", "alike_names", "small_classes", "imbalance")
     return tuple(f"{one.title}: {one.evidence} {one.advice}" for one in class_findings(dataset) if one.kind in told)

@@ -32,7 +32,7 @@ from finetune.model.facts import BackboneFacts, StageFacts
 from finetune.model.freeze import frozen_digest
 from finetune.model.tensors import Tensors, read_tensors
 from finetune.model.threads import on_threads
-from finetune.runs.known import Record, file_state, keep_known, network_key
+from finetune.runs.known import Record, file_state, network_key, record_network
 from finetune.runs.shared import Shared
 from finetune.spec import JobSpec, is_own_model
 
@@ -169,7 +169,7 @@ class BuiltNetwork:
         )
         shared = self._shared
         key = network_key(self._spec, self.task, shared.workspace.models)
-        keep_known(key, record, self.template, self.prefix, embedding, samples, preprocess, shared.recorded, shared.store)
+        record_network(key, record, self.template, self.prefix, embedding, samples, preprocess, shared.recorded, shared.store)
 
 
 def carried_tensors(backbone: Backbone, *, trained: bool) -> Tensors:

@@ -76,7 +76,7 @@ class Store:
         """
         with self._lock:
             if self._room_bytes is None:
-                self._take_stock()
+                self._count_files()
             assert self._room_bytes is not None
             if self._room_bytes + sum(entry.n_bytes for entry in self._deletable) < n_bytes:
                 return False
@@ -95,7 +95,7 @@ class Store:
         with self._lock:
             self._room_bytes = None
 
-    def _take_stock(self) -> None:
+    def _count_files(self) -> None:
         entries = sorted(self._entries(), reverse=True)
         self._deletable = [entry for entry in entries if entry.used_at < self.opened_at]
         budget = self.budget_bytes

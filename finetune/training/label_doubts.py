@@ -24,7 +24,7 @@ COLUMNS = ("path", "split", "label", "suggested", "score", "doubt")
 SHOWN = 3
 
 
-def note_label_doubts(run: RunDir, dataset: Dataset, parts: Sequence[tuple[Sequence[Sample], Features]]) -> None:
+def record_label_doubts(run: RunDir, dataset: Dataset, parts: Sequence[tuple[Sequence[Sample], Features]]) -> None:
     """Write the labels that are probably wrong into the run folder, and record how many there are as an event.
 
     The runs of a study have the same images, so only the first one computes the table.
@@ -43,7 +43,7 @@ def note_label_doubts(run: RunDir, dataset: Dataset, parts: Sequence[tuple[Seque
     rows.writerow(COLUMNS)
     rows.writerows(_of_one_label(dataset, samples, features) if exclusive else _of_several(dataset, samples, features))
     write_atomic(table, lambda stream: stream.write(text.getvalue().encode("utf-8", "surrogateescape")))
-    for sentence in label_doubts_noted(run):
+    for sentence in label_doubts_sentence(run):
         run.record(DataWarning(sentence))
 
 
@@ -81,7 +81,7 @@ def _place(sample: Sample) -> tuple[str, str]:
     return sample.id, sample.split or ""
 
 
-def label_doubts_noted(run: RunDir) -> tuple[str, ...]:
+def label_doubts_sentence(run: RunDir) -> tuple[str, ...]:
     """Return in at most one sentence which labels of a run's data were doubted."""
     table = run.outermost.label_doubts
     if not table.exists():

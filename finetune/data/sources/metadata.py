@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from finetune.data.dataset import Split
-from finetune.data.layout import Layout, understand, without_wrapping
+from finetune.data.layout import Layout, find_layout, without_wrapping
 from finetune.data.notes import Notes
 from finetune.data.places.tree import Folder, Node, Place, Tree, shown_path
 from finetune.data.reading import Reading
@@ -90,7 +90,7 @@ class _Folders:
     @classmethod
     def of(cls, tree: Tree, reading: Reading) -> _Folders:
         aside = Notes()
-        layout = understand(tree, reading, aside)
+        layout = find_layout(tree, reading, aside)
         names = {name for by_class in layout.splits.values() for name, nodes in by_class.items() if nodes}
         return cls(None if aside.problems or len(names) < 2 else layout)
 
