@@ -382,9 +382,9 @@ def read_dataset(spec: JobSpec, resolved: JobSpec) -> Mapping[str, int]:
         shown = {getattr(resolved, name): getattr(spec, name) for name in FILE_FIELDS if getattr(resolved, name)}
         problems = [Problem(_shown(one.where, shown), _shown(one.message, shown)) for one in error.problems]
         left_out = len(problems) - MAX_SHOWN_PROBLEMS
-        told = [Problem("training_file", str(one)) for one in problems[:MAX_SHOWN_PROBLEMS]]
-        told += [Problem("training_file", f"and {left_out:,} problems more")] if left_out > 0 else []
-        raise DataError(_shown(error.message, shown), told) from None
+        shown_problems = [Problem("training_file", str(one)) for one in problems[:MAX_SHOWN_PROBLEMS]]
+        shown_problems += [Problem("training_file", f"and {left_out:,} problems more")] if left_out > 0 else []
+        raise DataError(_shown(error.message, shown), shown_problems) from None
 
 
 def _shown(text: str, names: Mapping[str, str]) -> str:

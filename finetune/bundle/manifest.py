@@ -170,12 +170,14 @@ def metadata_problems(manifest: Manifest, metadata: Mapping[str, str]) -> list[P
 
     Fields that the model file does not contain are not compared.
     """
-    said = manifest.to_dict()
+    expected = manifest.to_dict()
     problems = []
     for key, text in metadata.items():
         name = key.removeprefix(METADATA_PREFIX)
-        if key.startswith(METADATA_PREFIX) and name in said and _parsed_value(text) != said[name]:
-            problems.append(Problem(name, f"{MANIFEST} says {_short(said[name])}, {MODEL} says {_short(_parsed_value(text))}"))
+        if key.startswith(METADATA_PREFIX) and name in expected and _parsed_value(text) != expected[name]:
+            problems.append(
+                Problem(name, f"{MANIFEST} says {_short(expected[name])}, {MODEL} says {_short(_parsed_value(text))}")
+            )
     return problems
 
 

@@ -84,8 +84,8 @@ class BundleModel:
             for probs, embedding in zip(outputs.probs, outputs.embedding, strict=True):
                 certainty = self._predictor.estimator.estimate(probs, embedding, asked)
                 rows.append({**_row(probs, self._predictor, top_k), **certainty.to_dict()})
-        said = [name for name in CERTAINTY if rows and name in rows[0]]
-        return pd.DataFrame(rows, columns=[*columns_of(manifest), *said])
+        certainty_columns = [name for name in CERTAINTY if rows and name in rows[0]]
+        return pd.DataFrame(rows, columns=[*columns_of(manifest), *certainty_columns])
 
     def _pixels(self, image: Any) -> NDArray[np.uint8]:
         """Return the input (h, w, 3) uint8 of the model for one image in any of the forms in `ACCEPTED_INPUTS`."""

@@ -331,8 +331,10 @@ def _check_bad_images(dataset: Dataset, on_bad: OnBadImage, max_bad_fraction: fl
     n_missing = sum(image.is_missing for image in dataset.bad)
     parts = [(n_missing, "do not exist"), (n_bad - n_missing, "cannot be read")]
     first, *others = [(count, what) for count, what in parts if count]
-    said = f"{first[0]:,} of {plural(n_files, 'image')} {first[1]}" + "".join(f" and {count:,} {what}" for count, what in others)
-    count = f"{printable(dataset.root)}: {said}"
+    counts_text = f"{first[0]:,} of {plural(n_files, 'image')} {first[1]}" + "".join(
+        f" and {count:,} {what}" for count, what in others
+    )
+    count = f"{printable(dataset.root)}: {counts_text}"
     if on_bad == "fail":
         raise DataError(f"{count}, and data.on_bad_image is fail. Repair or remove them, or set it to quarantine.", problems)
     allowed = f"more than data.max_bad_fraction {max_bad_fraction:g} allows"

@@ -111,16 +111,16 @@ class _Reader:
         if not named:
             return {}
         deep = [folder for folder in named if self._class_names(folder)]
-        told = [folder for folder in named if self._is_in_data_splits(folder)]
+        in_data_splits = [folder for folder in named if self._is_in_data_splits(folder)]
         full_others = [folder for folder in others if folder.has_images()]
-        if not deep and not told:
+        if not deep and not in_data_splits:
             return self._flat(root, named, full_others)
         unsure = [folder for folder in named if not self._certain(meanings[folder.name])]
         if unsure and not self._same_classes(deep):
             self._note_ambiguity(root, named, "their names look like splits, but their contents do not confirm it")
             return None
         if full_others and not any(self._meant(folder) == "train" for folder in deep):
-            if told:  # a test folder beside the classes, and data.splits says that it is one
+            if in_data_splits:  # a test folder beside the classes, and data.splits says that it is one
                 return {**self._by_split(root, named), None: [_with_only(root, others)]}
             self._note_ambiguity(root, named, f"beside {_slashed(full_others[:5])} they may be splits or classes")
             return None

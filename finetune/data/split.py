@@ -437,11 +437,11 @@ def _scarce(before: Dataset, divided: Dataset) -> list[str]:
     named = natural_list([f"{divided.classes[label]} (of {len(of_class[label])})" for label in scarce], 5)
     counts = [len(positions) for positions in of_class.values()]
     n_folds = next((n for n in range(MOST_PROPOSED_FOLDS, 1, -1) if all(_folds_fit(count, n) for count in counts)), None)
-    said = f"only 1 image is left to train on: {named}"
+    warning = f"only 1 image is left to train on: {named}"
     if n_folds is None:
-        return [f"{said}: add images, or merge classes"]
+        return [f"{warning}: add images, or merge classes"]
     command = f"finetune train {shlex.quote(printable(divided.root))} --folds {n_folds}"
-    return [f"{said}. Cross-validation trains and tests on all of them, and the final model trains on all: {command}"]
+    return [f"{warning}. Cross-validation trains and tests on all of them, and the final model trains on all: {command}"]
 
 
 def _far_from_asked(divided: Dataset, loose: Sequence[Sample], shares: Mapping[str, float]) -> list[str]:

@@ -324,9 +324,11 @@ class JobStore:
                 "stored_bytes": stored_bytes,
             }
             write_held(connection, claim, {**released(), **values, "state": state, "finished_at": end_time(row, now)})
-            said = error_message or message or f"The job {_ENDED[state]}."
+            event_message = error_message or message or f"The job {_ENDED[state]}."
             level = "error" if state == "failed" else "info"
-            record_event(connection, claim.job.id, now, state, said, level=level, data={"code": error_code} if error_code else {})
+            record_event(
+                connection, claim.job.id, now, state, event_message, level=level, data={"code": error_code} if error_code else {}
+            )
 
     def requeue(
         self, claim: Claim, reason: str, *, delay_seconds: float = 0.0, counted: Literal["stalled", "lost"] | None = "stalled"

@@ -227,8 +227,8 @@ class _Chooser:
     def say(self, file: str, label: str | None, split: str | None, group: str | None, weight: str | None) -> None:
         """Report which columns are used, and which could be used."""
         used = {"images": file, "labels": label, "splits": split, "groups": group, "weights": weight}
-        told = natural_list((f"{what} from {name!r}" for what, name in used.items() if name is not None), 6)
-        self.notes.say(f"{self.shown}: {told}")
+        used_columns = natural_list((f"{what} from {name!r}" for what, name in used.items() if name is not None), 6)
+        self.notes.say(f"{self.shown}: {used_columns}")
         if group is None and (perhaps := self.aliases(_PERHAPS_GROUPS)):
             self.notes.say(
                 f"{self.shown}: if {perhaps[0]!r} says which images belong together, --set data.group_column={perhaps[0]} "
