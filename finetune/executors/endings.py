@@ -32,7 +32,7 @@ class Ending:
         stalled_attempts: number of attempts in a row, this one included, that wrote no new checkpoint.
         lost_attempts: the same number, of attempts that lost their worker or their lease.
         cancelling: whether the job's owner has cancelled it.
-        handing_back: whether the worker stopped the attempt because the worker itself is stopping.
+        worker_stopping: whether the worker stopped the attempt because the worker itself is stopping.
         hung: whether the worker stopped the attempt because it had reported no progress for too long.
         disk_full: whether the disk that the run writes to has (almost) no space left.
         memory_kills: number of processes on the whole machine that the kernel killed during the attempt because memory ran out.
@@ -47,7 +47,7 @@ class Ending:
     stalled_attempts: int = 1
     lost_attempts: int = 1
     cancelling: bool = False
-    handing_back: bool = False
+    worker_stopping: bool = False
     hung: bool = False
     disk_full: bool = False
     memory_kills: int = 0
@@ -99,7 +99,7 @@ def next_action(ending: Ending, retry_base_seconds: float = 2.0) -> Finish | Try
         return Finish("failed", "out_of_memory", f"The run took {taken} of memory; its worker allows {allowed} a job. {_SMALLER}")
     if ending.exit_code == EXIT_BAD_INPUT:
         return _failed(ending, code or "invalid_input")
-    if ending.handing_back:
+    if ending.worker_stopping:
         return TryAgain("The worker was stopped; the run goes on from its newest checkpoint.", counted=None)
     if ending.exit_code == EXIT_BUSY:
         reason = "The run could not begin: another process holds its folder, or no machine was ready for it (its log says more)."

@@ -306,7 +306,7 @@ class Worker:
             stalled_attempts=stalled_attempts,
             lost_attempts=lost_attempts,
             cancelling=attempt.cancelling,
-            handing_back=bool(self._stop_signals),
+            worker_stopping=bool(self._stop_signals),
             hung=attempt.hung,
             disk_full=self._disk_is_full(),
             memory_kills=_memory_kills() - attempt.memory_kills_before,
