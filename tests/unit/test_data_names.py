@@ -57,7 +57,7 @@ def test_the_doubt_is_said_where_another_reading_is_as_good_and_the_choice_is_a_
 
 
 def test_plain_names_need_no_word() -> None:
-    assert decode_names([b"cat", b"dog/1.jpg"]).said is None
+    assert decode_names([b"cat", b"dog/1.jpg"]).remark is None
     assert decode_names([]).texts == ()
 
 
