@@ -117,7 +117,8 @@ class DriftWatch:
     def last_found(self) -> list[tuple[str, str, Drift]]:
         """Return (name, version, drift) of the versions that were tested since the server started and still exist."""
         with self._lock:
-            return [(*self._names[path], drift) for path, drift in self._found.items() if path.is_dir()]
+            self._drop_deleted()
+            return [(*self._names[path], drift) for path, drift in self._found.items()]
 
     def run_round(self) -> None:
         """Process the queue, test versions with enough new predictions, report new drift, and write the windows periodically."""

@@ -20,6 +20,7 @@ from starlette.testclient import TestClient
 from finetune.bundle.registry import Registry
 from service.asgi import create_app
 from service.settings import ServerSettings
+from service.state import ServerState
 
 URL = "http://127.0.0.1"
 START_SECONDS = 240  # for a server to answer, on a machine that is busy
@@ -34,6 +35,14 @@ def in_process(home: Path, *, wait: bool = True, **settings: object) -> Iterator
         if wait:
             until(lambda: client.get("/readyz").status_code == 200)
         yield client
+
+
+def state_of(client: TestClient) -> ServerState:
+    """The state of the server, inside the application's middleware."""
+    app = client.app
+    while not hasattr(app, "state"):
+        app = app.app  # type: ignore[union-attr]
+    return app.state.server  # type: ignore[union-attr]
 
 
 def until(true: Callable[[], bool], seconds: float = 120.0) -> None:

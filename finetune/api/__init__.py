@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.advice import for_python, worded_for
+from finetune.api.arguments import explains_keywords
 from finetune.api.model import Model
 from finetune.api.run import Run
 from finetune.bundle.calibration import CertaintyOptions
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 __all__ = ["CertaintyOptions", "Model", "Run", "check", "compare", "load", "suggest", "train"]
 
 
+@explains_keywords
 @worded_for(for_python)
 def train(
     data: str | Path,
@@ -87,6 +89,7 @@ def train(
     return Run(outcome.run)
 
 
+@explains_keywords
 @worded_for(for_python)
 def compare(
     what: str | Path | Sequence[Run | str | Path],
@@ -157,6 +160,7 @@ def compare(
     return replace(found, mlflow_run_id=tracked_as(RunDir(found.folder), "mlflow"))
 
 
+@explains_keywords
 @worded_for(for_python)
 def check(
     data: str | Path,
@@ -198,6 +202,7 @@ def check(
         return replace(planned, examined=examined)
 
 
+@explains_keywords
 @worded_for(for_python)
 def suggest(
     pictures: str | Path | Sequence[str | Path],
@@ -234,6 +239,7 @@ def suggest(
     return found
 
 
+@explains_keywords
 @worded_for(for_python)
 def load(reference: str | Path, *, workspace: str | Path | None = None) -> Model:
     """Load a model by ``name``, ``name@version``, ``name@alias``, or the folder of a bundle.

@@ -6,7 +6,7 @@ them from facts about the data, the backbone and the machine.
 """
 
 from finetune.spec.backbones import DEFAULT_BACKBONE, LOCAL_FOLDER, ON_HUB, absolute_backbone, is_own_model, is_registered_model
-from finetune.spec.job import METHOD_SECTIONS, JobSpec, parse_spec
+from finetune.spec.job import METHOD_SECTIONS, JobSpec, fields_called, parse_spec
 from finetune.spec.problems import problems_of
 from finetune.spec.reading import load_spec, merged_mapping, with_settings
 from finetune.spec.sections import (
@@ -47,6 +47,7 @@ __all__ = [
     "Partial",
     "Section",
     "absolute_backbone",
+    "fields_called",
     "is_own_model",
     "is_registered_model",
     "load_spec",

@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from finetune.errors import InvalidInput, SpecError
 from finetune.spec.backbones import DEFAULT_BACKBONE, absolute_backbone
-from finetune.spec.problems import problems_of
+from finetune.spec.problems import keys_called_in, problems_of
 from finetune.spec.sections import (
     LOSSES,
     SUFFIX_PATTERN,
@@ -154,6 +154,18 @@ SECTIONS: Mapping[str, type[Section]] = {
 METHOD_SECTIONS: Mapping[str, type[Section]] = {
     "linear_probe": LinearProbe, "partial": Partial, "full": Full, "gradual": Gradual, "auto": AutoMethod,
 }  # fmt: skip
+
+
+def fields_called(name: str) -> list[str]:
+    """Return the paths of the fields that a name means which is given without its section.
+
+    ``learning_rate`` and its abbreviation ``lr`` mean ``hyperparameters.learning_rate``. Fields with this very name come first.
+    """
+    sections = {section: list(kind.model_fields) for section, kind in SECTIONS.items() if section != "head"}
+    of_methods = dict.fromkeys(key for kind in METHOD_SECTIONS.values() for key in kind.model_fields if key != "type")
+    keys = {"": list(JobSpec.model_fields), **sections, "model.head": list(HeadSpec.model_fields), "method": list(of_methods)}
+    found = [(section, name) for section, names in keys.items() if name in names] or keys_called_in(keys, name)
+    return [f"{section}.{key}".lstrip(".") for section, key in found]
 
 
 def parse_spec(given: Mapping[str, Any]) -> JobSpec:

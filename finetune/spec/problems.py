@@ -122,6 +122,11 @@ def _keys_called(given: str, allowed: Sequence[str]) -> list[str]:
     return short or [key for key in allowed if key == _NAMES_OF_OTHER_TOOLS.get(given)]
 
 
+def keys_called_in(sections: Mapping[str, Sequence[str]], given: str) -> list[tuple[str, str]]:
+    """Return sections with keys that an abbreviation or the name in another tool refers to, in the order of the sections."""
+    return [(section, key) for section, keys in sections.items() for key in _keys_called(given, keys)]
+
+
 def _meant_instead(
     location: Sequence[str | int],
     root: type[Section],
@@ -140,6 +145,6 @@ def _meant_instead(
         return f". Did you mean {exact[0]!r}?"
     if spelled := did_you_mean(given, allowed):
         return f".{spelled}"
-    if meant := [f"{name}.{key}" for name, fields in others.items() for key in _keys_called(given, fields)]:
-        return f". Did you mean {meant[0]!r}?"
+    if meant := keys_called_in(others, given):
+        return f". Did you mean {'.'.join(meant[0])!r}?"
     return f"; allowed {'are' if len(allowed) > 1 else 'is'} {', '.join(allowed)}{section.HINT}"

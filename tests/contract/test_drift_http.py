@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from archives import zip_of
 from click.testing import CliRunner
-from serving import in_process, registered, until
+from serving import in_process, registered, state_of, until
 from standin import COLOURS, picture, write_bundle
 from starlette.testclient import TestClient
 
@@ -33,7 +33,6 @@ from finetune.monitoring.reference import Reference
 from finetune.monitoring.samples import Sample, SamplingPolicy, samples_of
 from finetune.monitoring.statistics import concatenated, statistics_of
 from finetune.storage.files import write_json
-from service.state import ServerState
 
 PATH = "/v1/models/colours/versions/1/drift"
 N_REFERENCE = 300
@@ -203,7 +202,7 @@ def test_what_is_answered_now_can_be_accepted_as_the_reference_and_that_undone(
     with in_process(home) as client:  # follows what a shell chooses
         assert drift(client)["reference"]["split"] == "accepted"
         run(cli, ["models", "drift", "colours", "--reset"])
-        _state_of(client).drift.run_round()
+        state_of(client).drift.run_round()
         assert drift(client)["reference"]["split"] == "test"
 
 
@@ -272,23 +271,15 @@ def test_a_webhook_is_told_once_when_drift_begins(home: Path) -> None:
         send(client, ["red"] * 250)
         until(lambda: len(store.deliveries(hook.id)) == 1)
         send(client, ["red"] * 250)
-        _state_of(client).drift.run_round()
+        state_of(client).drift.run_round()
         assert drift(client)["drifted_since"] is not None
     (told,) = store.deliveries(hook.id)
     data = json.loads(told.payload)["data"]
     assert (data["model"], data["version"], data["tests"], data["url"]) == ("colours", "1", ["classes"], PATH)
     with in_process(home) as client:  # after a restart it is known
         send(client, ["red"] * 150)
-        _state_of(client).drift.run_round()
+        state_of(client).drift.run_round()
     assert len(store.deliveries(hook.id)) == 1
-
-
-def _state_of(client: TestClient) -> ServerState:
-    """The state inside the application's middleware."""
-    app = client.app
-    while not hasattr(app, "state"):
-        app = app.app  # type: ignore[union-attr]
-    return app.state.server  # type: ignore[union-attr]
 
 
 # --- images that are kept -------------------------------------------------------------------------
@@ -358,7 +349,7 @@ def test_a_share_of_the_images_is_kept_within_the_bytes_that_are_allowed_and_goe
 def test_the_first_look_is_taken_as_soon_as_there_are_enough_images(home: Path) -> None:
     with in_process(home) as client:
         send(client, ["red"] * (MIN_WINDOW - 10))
-        state = _state_of(client)
+        state = state_of(client)
         state.drift.run_round()
         ((_, _, found),) = state.drift.last_found()
         assert found.state == "collecting"
@@ -377,7 +368,7 @@ def test_another_model_in_a_served_folder_begins_a_window_of_its_own(tmp_path: P
     served = bundle_in(tmp_path / "bundle")
     with in_process(tmp_path, model=str(served)) as client:
         send(client, ["red"] * 30)
-        state = _state_of(client)
+        state = state_of(client)
         state.drift.run_round()
         assert [(name, found.n_seen) for name, _, found in state.drift.last_found()] == [("colours", 30)]
         other = write_bundle(tmp_path / "other", classes=("a", "b", "c"), cam=False)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from answers import table
-from serving import in_process, registered, until
+from serving import in_process, registered, state_of, until
 from standin import picture, write_bundle
 from starlette.testclient import TestClient
 
@@ -364,8 +364,12 @@ def test_a_deleted_model_leaves_no_series_in_the_metrics(tmp_path: Path) -> None
     with in_process(tmp_path) as client:
         for reference in ("coats", "hats@1", "hats@2"):
             assert client.post(f"/v1/models/{reference}/predict", content=picture()).status_code == 200
+        drift = state_of(client).drift
+        drift.stop()  # the next round of its thread would remove what the deletion must remove
+        drift.run_round()
         before = client.get("/metrics").text
         assert 'finetune_predictions_total{model="hats",role="named",version="1"} 1.0' in before
+        assert 'finetune_drift_images{model="hats",version="2"} 1.0' in before
         assert client.delete("/v1/models/hats@1").status_code == 200
         after = client.get("/metrics").text
         assert 'model="hats",role="named",version="1"' not in after

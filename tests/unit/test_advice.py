@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from folders import write_classes
@@ -71,3 +72,25 @@ def test_messages_are_wrapped_with_a_hanging_indent_and_flags_stay_whole() -> No
     assert lines[-1] == "    " + "/a" * 60, "a path is not broken"
     assert " ".join(line.strip() for line in lines) == text
     assert wrapped("a\n  b", 80, indent=2) == ["a", "  b"]
+
+
+@pytest.mark.parametrize(
+    ("keyword", "advice"),
+    [
+        ({"learning_rate": 0.1}, "settings={'hyperparameters.learning_rate': 0.1}"),
+        ({"lr": 0.1}, "settings={'hyperparameters.learning_rate': 0.1}"),
+        ({"dropout": 0.2}, "settings={'model.head.dropout': 0.2}"),
+        ({"stages": 2}, "settings={'method.stages': 2}"),
+        ({"augmentation": "strong"}, "settings={'augmentation': 'strong'}"),
+        ({"epoch": 3}, "Did you mean 'epochs'?"),
+        ({"zzz": 1}, "It takes data, method, model, epochs, folds"),
+    ],
+)
+def test_a_keyword_that_python_does_not_take_is_answered_with_what_to_write(keyword: dict[str, Any], advice: str) -> None:
+    with pytest.raises(TypeError, match=re.escape(advice)):
+        finetune.train("photos", **keyword)
+
+
+def test_functions_without_settings_say_what_they_take() -> None:
+    with pytest.raises(TypeError, match=re.escape("finetune.load() has no argument 'version'. It takes reference, workspace.")):
+        finetune.load("photos", version=2)  # type: ignore[call-arg]
