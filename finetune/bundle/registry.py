@@ -306,18 +306,18 @@ class Registry:
         folder = self.root / name
         self.resolve(name, version)
         with _locked(folder):
-            doomed = self._versions_of(name) if version is None else (self.resolve(name, version),)
-            held = sorted(alias for found in doomed for alias in found.aliases)
-            if held and not force:
-                what = name if version is None else f"version {doomed[0].version} of {name}"
+            deleted = self._versions_of(name) if version is None else (self.resolve(name, version),)
+            in_use = sorted(alias for found in deleted for alias in found.aliases)
+            if in_use and not force:
+                what = name if version is None else f"version {deleted[0].version} of {name}"
                 raise Conflict(
-                    f"{what} has the alias {', '.join(held)}. Point it at another version first, or force the deletion"
+                    f"{what} has the alias {', '.join(in_use)}. Point it at another version first, or force the deletion"
                 )
-            leaving = {found.version for found in doomed}
-            left = [found for found in versions_in(folder) if found not in leaving]
-            aliases = {alias: target for alias, target in read_aliases(folder).items() if target not in leaving}
+            numbers = {found.version for found in deleted}
+            left = [found for found in versions_in(folder) if found not in numbers]
+            aliases = {alias: target for alias, target in read_aliases(folder).items() if target not in numbers}
             write_json(folder / ALIASES, {**aliases, LATEST: aliases.get(LATEST, left[-1])} if left else {})
-            for found in doomed:
+            for found in deleted:
                 gone = folder / f"{_LEAVING}{found.version}"
                 found.path.rename(gone)
                 shutil.rmtree(gone)

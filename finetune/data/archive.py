@@ -92,7 +92,7 @@ def kind_of_file(path: Path) -> Kind | None:
         return archive_kind(stream.read(512))
 
 
-def list_members(source: Path, limits: ArchiveLimits = DEFAULT_LIMITS) -> list[Member]:
+def list_members(archive_path: Path, limits: ArchiveLimits = DEFAULT_LIMITS) -> list[Member]:
     """List the members of a zip or tar without reading their contents. Files that file managers create are left out.
 
     Raises:
@@ -100,45 +100,45 @@ def list_members(source: Path, limits: ArchiveLimits = DEFAULT_LIMITS) -> list[M
             limit.
     """
     with reading_errors_named():
-        kind = kind_of_file(source)
+        kind = kind_of_file(archive_path)
         if kind is None:
             raise ArchiveError(NOT_AN_ARCHIVE)
-        rules = _Rules(source.stat().st_size, limits)
+        rules = _Rules(archive_path.stat().st_size, limits)
         if kind == "zip":
-            return [member for member in _zip_members(source, rules) if rules.accepts(member)]
-        with open(source, "rb") as stream:
+            return [member for member in _zip_members(archive_path, rules) if rules.accepts(member)]
+        with open(archive_path, "rb") as stream:
             return [member for member, _ in _tar_members(stream, rules) if rules.accepts(member)]
 
 
 NOT_AN_ARCHIVE = "this is not a zip, tar or tar.gz file (its first bytes say so, whatever its name is)"
 
 
-def read_member(source: Path, member: Member) -> bytes:
+def read_member(archive_path: Path, member: Member) -> bytes:
     """Return the contents of a member of a zip or tar that `list_members` listed.
 
     Raises:
         ArchiveError: they are damaged, or differ from the archive's directory; the member is named.
     """
     with reading_errors_named():
-        return b"".join(_chunks(source, member))
+        return b"".join(_chunks(archive_path, member))
 
 
-def stream_members(source: Path, limits: ArchiveLimits = DEFAULT_LIMITS) -> Iterator[tuple[Member, Iterator[bytes]]]:
+def stream_members(archive_path: Path, limits: ArchiveLimits = DEFAULT_LIMITS) -> Iterator[tuple[Member, Iterator[bytes]]]:
     """Yield every member with its contents, in chunks that must be read before the next member; raise as `list_members` does.
 
     The chunks are read outside this function, so the caller must wrap the reading in `reading_errors_named` too.
     """
     with reading_errors_named():
-        kind = kind_of_file(source)
+        kind = kind_of_file(archive_path)
         if kind is None:
             raise ArchiveError(NOT_AN_ARCHIVE)
-        rules = _Rules(source.stat().st_size, limits)
+        rules = _Rules(archive_path.stat().st_size, limits)
         if kind == "zip":
-            for member in _zip_members(source, rules):
+            for member in _zip_members(archive_path, rules):
                 if rules.accepts(member):
-                    yield member, rules.counted(member, _chunks(source, member))
+                    yield member, rules.counted(member, _chunks(archive_path, member))
             return
-        with open(source, "rb") as raw:
+        with open(archive_path, "rb") as raw:
             plain: IO[bytes] = gzip.GzipFile(fileobj=raw) if kind == "tar.gz" else raw  # type: ignore[assignment]
             for member, contents in _tar_members(plain, rules):
                 if rules.accepts(member):
@@ -220,8 +220,8 @@ class _Rules:
 # ---------------------------------------------------------------------------------------------------------------------- zip
 
 
-def _zip_members(source: Path, rules: _Rules) -> Iterator[Member]:
-    with zipfile.ZipFile(source) as archive:
+def _zip_members(archive_path: Path, rules: _Rules) -> Iterator[Member]:
+    with zipfile.ZipFile(archive_path) as archive:
         entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
     _refuse_overlaps(entries)
     declared = 0
@@ -278,9 +278,9 @@ def _refuse_overlaps(entries: list[zipfile.ZipInfo]) -> None:
         end = entry.header_offset + _LOCAL_HEADER.size + entry.compress_size
 
 
-def _chunks(source: Path, member: Member) -> Iterator[bytes]:
+def _chunks(archive_path: Path, member: Member) -> Iterator[bytes]:
     """Yield the contents of a member of a zip or tar; check their size and checksum against the archive's directory."""
-    descriptor = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
+    descriptor = os.open(archive_path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         checksum = written = 0
         for chunk in _unpacked(descriptor, member):

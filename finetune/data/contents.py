@@ -55,8 +55,8 @@ class ListedMember:
     size_bytes: int = 0
 
 
-def unpack_archive(source: Path, target: Path, *, limits: ArchiveLimits = DEFAULT_LIMITS) -> Unpacked:
-    """Write every regular file of the archive `source` into the folder `target`, which must not exist yet.
+def unpack_archive(archive_path: Path, target: Path, *, limits: ArchiveLimits = DEFAULT_LIMITS) -> Unpacked:
+    """Write every regular file of the archive `archive_path` into the folder `target`, which must not exist yet.
 
     `target` is created only after everything has been written.
 
@@ -65,21 +65,21 @@ def unpack_archive(source: Path, target: Path, *, limits: ArchiveLimits = DEFAUL
         DiskFull: the disk has no room for the contents.
     """
     with reading_errors_named(), _appearing(target) as writer:
-        for member, chunks in stream_members(source, limits):
+        for member, chunks in stream_members(archive_path, limits):
             if member.is_folder:
                 writer.folder(member.name, member.is_utf8)
             else:
                 writer.file(member.name, member.is_utf8, chunks)
         if writer.n_files == 0:
             raise ArchiveError("the archive holds no files; put one folder of images for each class into it")
-    kind = kind_of_file(source)
+    kind = kind_of_file(archive_path)
     assert kind is not None
     return Unpacked(kind, writer.n_files, writer.size_bytes)
 
 
-def store_file(source: Path, name: str, target: Path) -> int:
+def store_file(file: Path, name: str, target: Path) -> int:
     """Store a single file in the new folder `target`, as its only member, under `name`; return its size."""
-    with _appearing(target) as writer, open(source, "rb") as stream:
+    with _appearing(target) as writer, open(file, "rb") as stream:
         writer.file(name.encode("utf-8", "surrogateescape"), True, iter(lambda: stream.read(1 << 20), b""))
     return writer.size_bytes
 
