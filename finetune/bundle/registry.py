@@ -310,9 +310,7 @@ class Registry:
             in_use = sorted(alias for found in deleted for alias in found.aliases)
             if in_use and not force:
                 what = name if version is None else f"version {deleted[0].version} of {name}"
-                raise Conflict(
-                    f"{what} has the alias {', '.join(in_use)}. Point it at another version first, or force the deletion"
-                )
+                raise Conflict(f"aliases point at {what}: {', '.join(in_use)}. Move them to another version first, or force it")
             numbers = {found.version for found in deleted}
             left = [found for found in versions_in(folder) if found not in numbers]
             aliases = {alias: target for alias, target in read_aliases(folder).items() if target not in numbers}

@@ -268,7 +268,7 @@ def delete_model(
     if "@" in name:
         promoted = sorted(set(found.aliases) - {LATEST})
         if promoted and not force:
-            raise Conflict(f"{name} has the alias {', '.join(promoted)}. Promote another version first, or add ?force=true")
+            raise Conflict(f"aliases point at {name}: {', '.join(promoted)}. Promote another version first, or add ?force=true")
         _check_not_answering(server, caller, found.name, found.version, force=force)
         _check_not_awaited(server, caller, found.name, found.version, force=force)
         registry.delete(found.name, found.version, force=True)

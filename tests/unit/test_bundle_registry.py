@@ -257,7 +257,7 @@ def test_what_an_alias_means_is_only_deleted_by_force(registry: Registry, bundle
     for _ in range(2):
         registry.register(bundle, "trees")
     registry.set_alias("trees", "champion", "2")
-    with pytest.raises(Conflict, match="version 2 of trees is what champion, latest means"):
+    with pytest.raises(Conflict, match="aliases point at version 2 of trees: champion, latest"):
         registry.delete("trees", "2")
     assert versions(registry) == ["1", "2"]
     registry.delete("trees", "2", force=True)
@@ -268,7 +268,7 @@ def test_what_an_alias_means_is_only_deleted_by_force(registry: Registry, bundle
 def test_a_whole_model_is_deleted_by_force_and_starts_behind_its_old_numbers(registry: Registry, bundle: Path) -> None:
     for _ in range(2):
         registry.register(bundle, "trees")
-    with pytest.raises(Conflict, match="trees is what champion, latest means"):
+    with pytest.raises(Conflict, match="aliases point at trees: champion, latest"):
         registry.delete("trees")
     registry.delete("trees", force=True)
     assert registry.list() == ()

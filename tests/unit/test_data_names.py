@@ -50,7 +50,7 @@ def test_the_doubt_is_said_where_another_reading_is_as_good_and_the_choice_is_a_
     assert "it could also be '癡' as big5" in (decode_names(raw).remark or "")
     assert decode_names(raw, "big5").texts == ("癡", "僩")
     assert "'猫' as gbk" in (decode_names(raw[:1]).remark or ""), "two bytes alone are valid UTF-8, by accident"
-    with pytest.raises(NameRefused, match="is no encoding"):
+    with pytest.raises(NameRefused, match="is not an encoding"):
         decode_names(raw, "klingon")
     with pytest.raises(NameRefused, match=r"not valid in data\.name_encoding utf-8"):
         decode_names(raw, "utf-8")

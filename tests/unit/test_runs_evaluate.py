@@ -31,7 +31,7 @@ def answered(n_right: int, n: int, *, sure: float = 1.0) -> Predictions:
 
 @pytest.mark.parametrize("n_right", [0, 30, 50])
 def test_a_model_that_is_no_better_than_one_answer_to_all_is_refused_with_both_figures(n_right: int) -> None:
-    says = rf"its top1 on the 100 test images is {n_right / 100:.3f}; one answer to all of them has 0.500"
+    says = rf"its top1 on the 100 test images is {n_right / 100:.3f}; one prediction for all of them has 0.500"
     with pytest.raises(NoBetterThanChance, match=says) as caught:
         refuse_no_better_than_chance(answered(n_right, 100))
     assert "--set export.register_model=always" in caught.value.message
@@ -69,7 +69,7 @@ def test_a_model_that_is_better_passes_without_a_word() -> None:
 def test_chance_is_the_share_of_the_largest_class_and_not_one_in_so_many() -> None:
     targets = np.array([0] * 90 + [1] * 10)
     always_the_first = table(np.tile(np.array([[1, 0]], np.float32), (100, 1)), targets)
-    with pytest.raises(NoBetterThanChance, match=r"is 0\.900; one answer to all of them has 0\.900"):
+    with pytest.raises(NoBetterThanChance, match=r"is 0\.900; one prediction for all of them has 0\.900"):
         refuse_no_better_than_chance(always_the_first)
 
 
