@@ -19,12 +19,13 @@ from numpy.typing import NDArray
 from finetune.data.dataset import Sample
 from finetune.features.rows import FeatureContext, Views, pooled_features
 from finetune.features.softmax_head import solve_softmax_head
+from finetune.metrics.accuracy import MEAN_PER_CLASS_ACCURACY, TOP1
 from finetune.runs.prepare import framing, read_and_build, split_for
 from finetune.runs.shared import Shared
 from finetune.spec import parse_spec
 from finetune.storage.workspace import Workspace
 from finetune.studies.labels.curve import nested
-from finetune.studies.labels.study import HELD_OUT, PER_CLASS, TOP1, measured
+from finetune.studies.labels.study import HELD_OUT, measured
 
 Rows = NDArray[np.float32]
 Labels = NDArray[np.int64]
@@ -60,7 +61,7 @@ def main() -> None:
     errors = np.array([true_errors(rows, labels, n_classes, (whole // 2, whole), seed) for seed in range(args.truths)])
     gains = errors[:, 0] - errors[:, 1]  # (truths, 2 metrics)
     document: dict[str, object] = {"images": len(labels), "classes": n_classes, "n_train": [whole // 2, whole]}
-    predictions: dict[str, list[list[float]]] = {TOP1: [], PER_CLASS: []}
+    predictions: dict[str, list[list[float]]] = {TOP1.key: [], MEAN_PER_CLASS_ACCURACY.key: []}
     for seed in range(args.seeds):
         half = np.random.default_rng([seed, 5]).permutation(len(labels))[: len(labels) // 2]
         curves = measured(rows[half], [samples[one] for one in half], n_classes, seed)

@@ -19,8 +19,12 @@ def natural_list(names: Iterable[object], limit: int = LISTED_NAMES) -> str:
 
 def plural(count: int, noun: str) -> str:
     """Return ``1 image``, ``3 images``, ``2 classes``, ``2 boxes``."""
-    ending = "es" if noun.endswith(("s", "x")) else "s"
-    return f"{count:,} {noun}" + ("" if count == 1 else ending)
+    return f"{count:,} {noun if count == 1 else plural_of(noun)}"
+
+
+def plural_of(noun: str) -> str:
+    """Return ``images``, ``classes``, ``boxes``."""
+    return noun + ("es" if noun.endswith(("s", "x")) else "s")
 
 
 def printable(path: Path | str) -> str:

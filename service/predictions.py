@@ -265,7 +265,7 @@ def unasked_fields(model: LoadedModel, options: PredictOptions) -> set[str]:
     """
     asked = model.predictor.estimator.resolved(options.certainty)
     parts = {
-        **dict.fromkeys(("labels", "scores", "thresholds"), not model.predictor.task.exclusive),
+        **dict.fromkeys(("labels", "scores", "thresholds"), model.predictor.manifest.label_thresholds is not None),
         "embedding": options.embedding,
         "prediction_set": asked.coverage is not None,
         **dict.fromkeys(("abstained", "reason", "novelty"), asked.abstain),

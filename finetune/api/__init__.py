@@ -35,7 +35,7 @@ from finetune.tracking.tracker import choose
 from finetune.tracking.view import experiment_name
 
 if TYPE_CHECKING:
-    from finetune.labelling.suggest import Suggestions
+    from finetune.labelling.suggestion import Suggestions
     from finetune.studies.compare.result import Comparison
     from finetune.studies.plan import Plan
 

@@ -186,7 +186,7 @@ class CertaintyEstimator:
         calibration: None if the bundle has none; then neither is available.
         subspace: of the embeddings of known images; None if the bundle has none.
         owner_precision: precision with which the model's owner has switched abstention on; None: it is off.
-        exclusive: whether an image has exactly one label.
+        unavailable: why neither is available for any model of this task, as `Task.why_no_prediction_sets` says; None: it is.
     """
 
     def __init__(
@@ -196,9 +196,9 @@ class CertaintyEstimator:
         subspace: Subspace | None,
         owner_precision: float | None = None,
         *,
-        exclusive: bool = True,
+        unavailable: str | None = None,
     ) -> None:
-        self._exclusive = exclusive
+        self._unavailable = unavailable
         self.calibration = calibration
         self._classes = classes
         self.subspace = subspace
@@ -264,19 +264,18 @@ class CertaintyEstimator:
             what: the option that needs it, for the error.
 
         Raises:
-            InvalidInput: the model is multilabel, or the bundle has no calibration.
+            InvalidInput: models of this task have none, or this bundle has none.
         """
-        if not self._exclusive:
+        if self._unavailable:
             raise InvalidInput(
-                f"This model gives an image any number of labels, each with a threshold of its own, so {what} does not apply to "
-                "it: leave it out, and read the labels and their probabilities",
+                f"{self._unavailable}, so {what} does not apply to it: leave it out, and read the labels and their probabilities",
                 [Problem(what, "is for models that give exactly one label")],
             )
         if self.calibration is None:
             raise InvalidInput(
                 "This model cannot say how far to rely on its answers: its bundle was made without calibration on held-out "
-                "images. It takes at least 20 of them, or an earlier version of finetune made the bundle. Train it again with "
-                f"more images, or ask without {what}",
+                "images. Calibration needs at least 20 of them; bundles of early versions of finetune have none. Train the model "
+                f"again with more images, or ask without {what}",
                 [Problem(what, "needs a bundle with calibration on held-out images")],
             )
         return self.calibration

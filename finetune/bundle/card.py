@@ -230,7 +230,7 @@ def _limits(manifest: Manifest) -> list[str]:
     """Return sentences about the limits of the model."""
     split = next((split for split in SPLITS if f"{split}/n" in manifest.metrics), None)
     lines = []
-    if task_named(manifest.task).exclusive:
+    if manifest.label_thresholds is None:
         always = "It answers with one of its classes for every image, also for one that shows none of them"
         lines.append(f"{always}{', unless it abstains' if Calibration.of(manifest.calibration) else ''}.")
     if split is not None:
@@ -246,7 +246,7 @@ def _limits(manifest: Manifest) -> list[str]:
 
 
 def _use(manifest: Manifest, reference: str) -> str:
-    calibration = Calibration.of(manifest.calibration) if task_named(manifest.task).exclusive else None
+    calibration = Calibration.of(manifest.calibration)
     asked = "" if calibration is None else f" --coverage 0.9{_abstaining(calibration)}"
     return f"```sh\nfinetune predict some.jpg --model {reference}{asked}\nfinetune serve --model {reference}\n```"
 

@@ -14,6 +14,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_vali
 from finetune.bundle.preprocess import Preprocess, problems_of
 from finetune.errors import BundleError, Problem
 from finetune.storage.files import sha256_file, write_json
+from finetune.tasks import task_named
 
 SCHEMA_VERSION = 1
 
@@ -91,9 +92,14 @@ class Manifest:
 
     @property
     def thresholds(self) -> tuple[float, ...] | None:
-        """The probability threshold of each label of a multilabel model; None for a multiclass model."""
+        """The probability thresholds of the labels that were chosen on held-out images; None if there are none."""
         found = self.calibration.get(THRESHOLDS)
         return None if found is None else tuple(found)
+
+    @property
+    def label_thresholds(self) -> tuple[float, ...] | None:
+        """The probability from which on each label is given: `thresholds`, else the task's; None if the task decides without."""
+        return self.thresholds or task_named(self.task).default_thresholds(len(self.classes))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the manifest as JSON values."""

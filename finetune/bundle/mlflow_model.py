@@ -22,7 +22,6 @@ from finetune.bundle.manifest import Manifest
 from finetune.bundle.predictor import Predictor
 from finetune.errors import InvalidInput
 from finetune.runtime.cores import available_cores
-from finetune.tasks import task_named
 
 DEFAULT_TOP_K = 5
 BATCH_SIZE = 16
@@ -189,7 +188,7 @@ def _options(params: Mapping[str, Any] | None) -> CertaintyOptions:
 
 def columns_of(manifest: Manifest) -> list[str]:
     """Return the columns that the table of `BundleModel.predict` always has for this bundle."""
-    return ["label", "probability", "predictions", *([] if task_named(manifest.task).exclusive else ["labels"])]
+    return ["label", "probability", "predictions", *([] if manifest.label_thresholds is None else ["labels"])]
 
 
 def _row(probs: NDArray[np.float32], predictor: Predictor, top_k: int) -> dict[str, Any]:

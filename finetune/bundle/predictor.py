@@ -84,12 +84,12 @@ class Prediction:
     preprocess_seconds: float = 0.0
     run_seconds: float = 0.0  # the model
     certainty: Certainty = NO_CERTAINTY  # the parts that were asked for
-    several: SeveralLabels | None = None  # of a multilabel model
+    several: SeveralLabels | None = None  # where each label has a threshold of its own
 
 
 @dataclass(frozen=True)
 class SeveralLabels:
-    """The prediction of a multilabel model for one image."""
+    """The prediction for one image where each label has a threshold of its own."""
 
     given: tuple[str, ...]  # labels whose probability reaches their threshold, the most probable first
     scores: Mapping[str, float]  # the probability of each class
@@ -127,7 +127,7 @@ class Predictor:
             Calibration.of(manifest.calibration),
             subspace,
             manifest.abstain.get("precision"),
-            exclusive=self.task.exclusive,
+            unavailable=self.task.why_no_prediction_sets,
         )
         self.model_bytes = model_bytes  # the size of model.onnx, about the memory that the session needs
         self._session = session
@@ -167,10 +167,10 @@ class Predictor:
         return Outputs(values["probs"], values["logits"], values["embedding"], values.get("cam"))
 
     def several_labels(self, probs: np.ndarray) -> SeveralLabels | None:
-        """Return the multilabel prediction for the probabilities (C,) of one image; None for a multiclass model."""
-        if self.task.exclusive:
+        """Return the labels that are given to one image by its probabilities (C,); None for a task without thresholds."""
+        classes, thresholds = self.manifest.classes, self.manifest.label_thresholds
+        if thresholds is None:
             return None
-        classes, thresholds = self.manifest.classes, self.manifest.thresholds or (0.5,) * len(self.manifest.classes)
         return SeveralLabels(
             tuple(classes[label] for label in self.task.predict_labels(probs, thresholds)),
             {name: float(value) for name, value in zip(classes, probs, strict=True)},

@@ -336,8 +336,8 @@ class Registry:
         with _locked(self.root / name):
             manifest = read_manifest(found.path)
             if precision is not None:
-                calibration, exclusive = Calibration.of(manifest.calibration), task_named(manifest.task).exclusive
-                CertaintyEstimator(manifest.classes, calibration, None, exclusive=exclusive).resolved(
+                calibration, unavailable = Calibration.of(manifest.calibration), task_named(manifest.task).why_no_prediction_sets
+                CertaintyEstimator(manifest.classes, calibration, None, unavailable=unavailable).resolved(
                     CertaintyOptions(precision=precision)
                 )
             abstain: dict[Literal["precision"], float] = {} if precision is None else {"precision": precision}

@@ -10,7 +10,7 @@ import click
 from finetune.cli.training import json_option
 
 if TYPE_CHECKING:
-    from finetune.labelling.suggest import Suggestions
+    from finetune.labelling.suggestion import Suggestions
 
 SHOWN = 10
 
@@ -56,12 +56,12 @@ def suggest(
 
 def _show(found: Suggestions, paths: dict[str, Path]) -> None:
     from finetune.cli.terminal import shortened, table
+    from finetune.labelling.queries import query_of
     from finetune.messages import plural, printable
     from finetune.progress_bars import console
 
     rows = [[one.rank, printable(one.relative), *_guesses(one.likely, one.probabilities)] for one in found.chosen[:SHOWN]]
-    titles = ["perhaps", "or"] if found.exclusive else ["least certain", "and"]
-    table(f"Images to label next, chosen by {found.model}", ["", "picture", *titles], rows)
+    table(f"Images to label next, chosen by {found.model}", ["", "picture", *query_of(found.task).titles], rows)
     console.print(f"chosen    {len(found.chosen):,} of {plural(found.n_pictures, 'picture')}", markup=False)
     for text in found.left_out:
         console.print(f"left out  {text}", markup=False, soft_wrap=True)

@@ -56,6 +56,12 @@ class Sample:
         """The target as class indices, one or several."""
         return (self.target,) if isinstance(self.target, int) else self.target
 
+    def renumbered(self, numbers: Sequence[int]) -> Sample:
+        """Return the sample with the class index `numbers[label]` in place of each of its labels."""
+        if isinstance(self.target, int):
+            return replace(self, target=numbers[self.target])
+        return replace(self, target=tuple(sorted(numbers[label] for label in self.target)))
+
 
 NO_SUCH_FILE = "no such file"
 NAMES_NO_FILE = "names no image file"

@@ -21,10 +21,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from finetune.data.dataset import SPLITS, Dataset, Sample
+from finetune.data.dataset import SPLITS, Dataset, Sample, targets_of
 from finetune.errors import DataChangedError, DataError, Problem
 from finetune.messages import natural_list, plural, printable
 from finetune.storage.files import write_atomic
+from finetune.tasks import task_of
 
 COLUMNS = ("path", "label", "split", "sha256", "group")
 _WITHOUT_GROUPS = COLUMNS[:4]  # of files that earlier releases wrote
@@ -334,7 +335,7 @@ def _deal(units: Sequence[_Unit], n_folds: int) -> list[int]:
 
 
 def _refuse_single_images(dataset: Dataset, units: Sequence[_Unit]) -> None:
-    if not _exclusive(dataset):
+    if not _needs_every_class(dataset):
         return
     problems = []
     found_of_class = _of_class(units)
@@ -356,9 +357,9 @@ def _refuse_single_images(dataset: Dataset, units: Sequence[_Unit]) -> None:
         )
 
 
-def _exclusive(dataset: Dataset) -> bool:
-    """Return whether every image has exactly one label; otherwise data with a rare label is not refused."""
-    return all(isinstance(sample.target, int) for sample in dataset.samples)
+def _needs_every_class(dataset: Dataset) -> bool:
+    """Return whether data with a class that has too few images is refused, by the task that its labels ask for."""
+    return task_of(targets_of(dataset.samples)).needs_every_class
 
 
 def refuse_impossible_folds(dataset: Dataset, n_folds: int) -> None:
@@ -426,7 +427,7 @@ def _scarce(before: Dataset, divided: Dataset) -> list[str]:
         before: the same data before it was divided. Nothing is said if the user divided it.
     """
     given = {sample.id: sample.split for sample in before.samples}
-    if not _exclusive(divided) or "val" in given.values():
+    if not _needs_every_class(divided) or "val" in given.values():
         return []
     units = _units([sample for sample in divided.samples if given.get(sample.id) != "test"], 0, "")
     of_class = _of_class(units)

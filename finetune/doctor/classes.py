@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from finetune.data.dataset import Dataset, targets_of
 from finetune.data.separators import forgotten_separator, how_to_separate
 from finetune.doctor.finding import Case, Finding, case_key
-from finetune.messages import natural_list, plural
+from finetune.messages import natural_list, plural, plural_of
 from finetune.metrics.imbalance import are_unequal
 from finetune.tasks import task_of
 
@@ -94,20 +94,15 @@ def _small(totals: Mapping[str, int], noun: str) -> Iterator[Finding]:
         yield Finding(
             "small_classes",
             "doubt",
-            f"{_plural_of(noun).capitalize()} with few images",
+            f"{plural_of(noun).capitalize()} with few images",
             len(small),
-            f"{shown_names}: figures of {_plural_of(noun)} with fewer than {FEW_IMAGES} images say little.",
-            f"Add images, or merge {_plural_of(noun)}.",
+            f"{shown_names}: figures of {plural_of(noun)} with fewer than {FEW_IMAGES} images say little.",
+            f"Add images, or merge {plural_of(noun)}.",
             tuple(
                 Case((), 1.0, f"{name}: {plural(count, 'image')}", key=case_key("small_classes", [name]))
                 for name, count in small.items()
             ),
         )
-
-
-def _plural_of(noun: str) -> str:
-    """Return the plural of ``class`` or ``label``."""
-    return {"class": "classes", "label": "labels"}[noun]
 
 
 def _missing(counts: Mapping[str, Mapping[str, int]], noun: str) -> Iterator[Finding]:
@@ -116,10 +111,10 @@ def _missing(counts: Mapping[str, Mapping[str, int]], noun: str) -> Iterator[Fin
         yield Finding(
             "missing_in_split",
             "problem",
-            f"{_plural_of(noun).capitalize()} that a split cannot measure",
+            f"{plural_of(noun).capitalize()} that a split cannot measure",
             len(missing),
             natural_list([f"{name} has no {split} image" for split, name in missing], 8) + ".",
-            f"Add images of these {_plural_of(noun)}, or draw the split anew.",
+            f"Add images of these {plural_of(noun)}, or draw the split anew.",
             tuple(
                 Case((), 1.0, f"{name}: none in {split}", key=case_key("missing_in_split", [split, name]))
                 for split, name in missing
@@ -134,11 +129,11 @@ def _unequal(totals: Counter[str], noun: str) -> Iterator[Finding]:
     yield Finding(
         "imbalance",
         "note",
-        f"{_plural_of(noun).capitalize()} of very different size",
+        f"{plural_of(noun).capitalize()} of very different size",
         1,
         f"{most[0]} has {most[1]:,} images, {least[0]} {least[1]:,}. Figures over all images hardly depend on small "
-        f"{_plural_of(noun)}: read the mean over {_plural_of(noun)} (macro) first.",
-        f"Add images of the small {_plural_of(noun)}, or set data.class_weights: balanced or data.logit_adjustment: 1.",
+        f"{plural_of(noun)}: read the mean over {plural_of(noun)} (macro) first.",
+        f"Add images of the small {plural_of(noun)}, or set data.class_weights: balanced or data.logit_adjustment: 1.",
         (
             Case(
                 (),

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,16 +13,14 @@ from numpy.typing import NDArray
 from finetune.data.check import advise_resize, image_facts
 from finetune.data.dataset import Dataset, Sample, targets_of
 from finetune.doctor.classes import class_findings
+from finetune.doctor.examined_data import ExaminedData
 from finetune.doctor.finding import Case, Examination, Finding, Fix, Severity, case_key
-from finetune.doctor.labels import doubt_label_sets, doubt_labels
+from finetune.doctor.label_findings import label_findings
 from finetune.doctor.looks import Look, look_at_all
-from finetune.doctor.modes import classes_that_are_two
-from finetune.doctor.shortcuts import find_shortcuts
 from finetune.features.duplicates import Pair, clusters, near_duplicates, same_bytes
 from finetune.messages import natural_list, plural
 from finetune.progress import ProgressCallback, silent
 from finetune.tasks import task_of
-from finetune.training.label_doubts import label_changes, with_changes
 
 VERSION = 11  # of what is found: examinations of another one are not read
 _ORDER: Mapping[Severity, int] = {"problem": 0, "doubt": 1, "note": 2}
@@ -47,8 +43,8 @@ def examine(
         embeddings: (N, D), one row for each sample.
         memory: a folder in which facts about images are cached for the next examination.
     """
-    work = _Examining(dataset, embeddings, memory, progress)
-    findings = list(work.findings())
+    data = ExaminedData(dataset, embeddings)
+    findings = list(_Examining(data, memory, progress).findings())
     findings.sort(key=lambda finding: (_ORDER[finding.severity], -finding.count))
     return Examination(
         revision=dataset.revision or dataset.digest,
@@ -56,8 +52,8 @@ def examine(
         classes=dataset.classes,
         findings=tuple(findings),
         backbone=backbone,
-        confidence=work.confidence,
-        seconds=work.seconds,
+        confidence=data.confidence,
+        seconds=data.seconds,
     )
 
 
@@ -70,50 +66,29 @@ def without_accepted(finding: Finding, accepted: frozenset[str]) -> Finding:
 
 @dataclass
 class _Examining:
-    dataset: Dataset
-    embeddings: NDArray[np.float32]
+    data: ExaminedData
     memory: Path | None
     progress: ProgressCallback
-    seconds: dict[str, float] = field(default_factory=dict)
-    confidence: tuple[float, ...] = ()
 
-    def findings(self) -> Iterator[Finding]:
-        with self._timed("looks"):
-            looks = look_at_all(self.samples, memory=self.memory, progress=self.progress)
-        with self._timed("near duplicates"):
-            near = near_duplicates(self.samples, self.embeddings, self.progress)
-        exclusive = task_of(targets_of(self.samples)).exclusive
-        yield from self._unreadable()
-        yield from self._copies(same_bytes(self.samples), near)
-        with self._timed("labels"):
-            yield from self._labels() if exclusive else self._label_sets()
-        if exclusive:
-            with self._timed("shortcuts"):
-                yield from self._shortcuts(looks)
-            with self._timed("groups"):
-                yield from self._groups()
-        yield from class_findings(self.dataset)
-        yield from self._pictures(looks)
-        yield from self._framing()
+    @property
+    def dataset(self) -> Dataset:
+        return self.data.dataset
 
     @property
     def samples(self) -> Sequence[Sample]:
-        return self.dataset.samples
+        return self.data.samples
 
-    @contextmanager
-    def _timed(self, what: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self.seconds[what] = round(time.perf_counter() - started, 3)
-
-    def _case(
-        self, kind: str, positions: Sequence[int], score: float = 1.0, said: str = "", suggested: str | None = None
-    ) -> Case:
-        ids = tuple(self.samples[one].id for one in positions)
-        return Case(ids, score, said, suggested, case_key(kind, [self.samples[one].sha256 for one in positions]))
-
-    def _label(self, position: int) -> str:
-        return " + ".join(self.dataset.label_names(self.samples[position]))
+    def findings(self) -> Iterator[Finding]:
+        with self.data.timed("looks"):
+            looks = look_at_all(self.samples, memory=self.memory, progress=self.progress)
+        with self.data.timed("near duplicates"):
+            near = near_duplicates(self.samples, self.data.embeddings, self.progress)
+        yield from self._unreadable()
+        yield from self._copies(same_bytes(self.samples), near)
+        yield from label_findings(task_of(targets_of(self.samples)).name)(self.data, looks)
+        yield from class_findings(self.dataset)
+        yield from self._pictures(looks)
+        yield from self._framing()
 
     # ------------------------------------------------------------------------------------------------------------ files
 
@@ -159,7 +134,9 @@ class _Examining:
                 f"In more than one class: {plural(len(conflicting), 'picture')}. No model can get all of them right.",
                 "Decide which label is right, and remove the others or correct them in the manifest.",
                 tuple(
-                    self._case("conflicting_labels", group, said=" / ".join(sorted({self._label(one) for one in group})))
+                    self.data.case(
+                        "conflicting_labels", group, said=" / ".join(sorted({self.data.label_text(one) for one in group}))
+                    )
                     for group in conflicting
                 ),
             )
@@ -174,7 +151,7 @@ class _Examining:
                 f"In the training data too: {plural(n_test, 'validation or test image')}. Figures flatter the model.",
                 "Give copies one group (the manifest does), so that they are drawn together; of splits of your own, the manifest "
                 "leaves out the copies in the training data.",
-                tuple(self._case("leaks", group, said=_sides(self.samples, group)) for group in across),
+                tuple(self.data.case("leaks", group, said=_sides(self.samples, group)) for group in across),
                 "group",
             )
         exact = [group for group in same if len({self.samples[one].target for one in group}) == 1]
@@ -187,7 +164,7 @@ class _Examining:
                 len(exact),
                 f"{plural(extra, 'file')} more than there are pictures. They count twice in training.",
                 "Leave one of each.",
-                tuple(self._case("duplicates", group) for group in exact),
+                tuple(self.data.case("duplicates", group) for group in exact),
                 "leave_out",
             )
         alike = [group for group in groups if len({self.samples[one].sha256 for one in group}) > 1]
@@ -203,7 +180,7 @@ class _Examining:
                 tuple(
                     sorted(
                         (
-                            self._case("near_duplicates", group, _surest(group, scores), _sizes(self.samples, group))
+                            self.data.case("near_duplicates", group, _surest(group, scores), _sizes(self.samples, group))
                             for group in alike
                         ),
                         key=lambda case: -case.score,
@@ -211,121 +188,6 @@ class _Examining:
                 ),
                 "group",
             )
-
-    # ----------------------------------------------------------------------------------------------------------- labels
-
-    def _labels(self) -> Iterator[Finding]:
-        doubts = doubt_labels(self.samples, self.embeddings, len(self.dataset.classes))
-        if doubts is None:
-            return
-        self.confidence = tuple(round(float(one), 6) for one in doubts.confidence)
-        if doubts.why_none:
-            yield Finding(
-                "labels_not_judged",
-                "note",
-                "Labels could not be judged",
-                1,
-                f"A linear head on the features of this backbone {doubts.why_none}, so it says nothing about single labels.",
-                "Examine the images with pretrained weights, or with a backbone that suits them.",
-            )
-        if not doubts.doubted:
-            return
-        classes = self.dataset.classes
-        yield Finding(
-            "label_errors",
-            "doubt",
-            "Labels that are probably wrong",
-            len(doubts.doubted),
-            f"Of {plural(len(self.samples), 'label')}, {len(doubts.doubted):,} are doubted by a linear head on frozen features "
-            "that has not seen the image. A doubt is no proof: look at the first ones.",
-            "Correct the label in the manifest, or acknowledge the case.",
-            tuple(
-                self._case(
-                    "label_errors",
-                    [one],
-                    round(1 - float(doubts.confidence[one]), 4),
-                    f"labelled {self._label(one)} ({doubts.confidence[one]:.1%} likely)",
-                    classes[doubts.suggested[one]],
-                )
-                for one in doubts.doubted
-            ),
-            "relabel",
-        )
-
-    def _label_sets(self) -> Iterator[Finding]:
-        """Yield the doubts of labels in data with any number of labels per image."""
-        doubts = doubt_label_sets(self.samples, self.embeddings, len(self.dataset.classes))
-        if doubts is None:
-            return
-        self.confidence = tuple(round(float(one), 6) for one in doubts.confidence)
-        if not doubts.doubted:
-            return
-        n_labels = sum(len(one.wrong) + len(one.missing) for one in doubts.doubted)
-        yield Finding(
-            "label_errors",
-            "doubt",
-            "Labels that are probably wrong",
-            len(doubts.doubted),
-            f"Of {plural(len(self.samples), 'image')}, {len(doubts.doubted):,} have labels ({n_labels:,} in all) that are "
-            "doubted by linear heads on frozen features without the image. A doubt is no proof: look at the first ones.",
-            "Correct the labels in the manifest, or acknowledge the case.",
-            tuple(
-                self._case(
-                    "label_errors",
-                    [one.row],
-                    round(1 - one.own_score, 4),
-                    f"labelled {self._label(one.row) or 'with nothing'}; {label_changes(self.dataset, one.wrong, one.missing)}",
-                    self.dataset.label_text(with_changes(self.samples[one.row], one.wrong, one.missing)),
-                )
-                for one in doubts.doubted
-            ),
-        )
-
-    def _groups(self) -> Iterator[Finding]:
-        labels = np.array([sample.labels[0] for sample in self.samples], np.int64)
-        found = classes_that_are_two(self.embeddings, labels)
-        if found:
-            names = natural_list([self.dataset.classes[one.label] for one in found])
-            yield Finding(
-                "two_groups",
-                "doubt",
-                "Classes that may be two",
-                len(found),
-                f"{names}: the images fall into two groups that lie farther apart than different images of one kind do here.",
-                "Look at the most typical images of each group. Where they are different things, give them different labels.",
-                tuple(
-                    self._case(
-                        "two_groups",
-                        [*one.first, *one.second],
-                        round(one.apart, 2),
-                        f"{self.dataset.classes[one.label]}: {1 - one.share:.0%} like the first {len(one.first)}, "
-                        f"{one.share:.0%} like the others; {one.apart:.1f} standard deviations apart",
-                    )
-                    for one in found
-                ),
-            )
-
-    def _shortcuts(self, looks: Mapping[str, Look]) -> Iterator[Finding]:
-        found = find_shortcuts(self.samples, looks, len(self.dataset.classes))
-        if not found:
-            return
-        classes, chance = self.dataset.classes, 1 / len(self.dataset.classes)
-        cases = []
-        for one in found:
-            told = natural_list([f"{classes[label]} ({share:.0%})" for label, share in one.given_away], 5)
-            said = f"{one.fact} alone gives away {told}; right for {one.accuracy:.0%} of a class's images, by chance {chance:.0%}"
-            cases.append(Case((), one.given_away[0][1], said, key=case_key("shortcuts", [one.fact, *classes])))
-        yield Finding(
-            "shortcuts",
-            "problem",
-            "The label can be told without looking at the picture",
-            len(cases),
-            f"{natural_list([one.fact for one in found])}: a model may learn this instead of what the pictures show, and fail on "
-            "pictures from elsewhere.",
-            "Collect every class in the same way, or bring the files to one size, format and compression; test on pictures from "
-            "another source.",
-            tuple(cases),
-        )
 
     # --------------------------------------------------------------------------------------------------------- pictures
 
@@ -382,7 +244,7 @@ class _Examining:
             if (look := looks.get(sample.sha256)) is not None and has_it(sample, look)
         ]
         if found:
-            cases = tuple(self._case(kind, [position]) for _, position in sorted(found))
+            cases = tuple(self.data.case(kind, [position]) for _, position in sorted(found))
             yield Finding(kind, "doubt", title, len(found), f"{said}: {plural(len(found), 'picture')}.", advice, cases, fix)
 
     def _framing(self) -> Iterator[Finding]:

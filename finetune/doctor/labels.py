@@ -8,12 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.data.dataset import Sample, targets_of
+from finetune.data.dataset import Sample
 from finetune.features.left_out import DoubtedLabels, doubted_decisions, doubts_by_image
 from finetune.features.sigmoid_head import solve_sigmoid_head
 from finetune.features.softmax_head import solve_softmax_head
 from finetune.metrics.labels import sigmoid
-from finetune.tasks import task_named
 
 FOLDS = 5
 LEAST_LIFT = 0.3  # accuracy above always predicting the largest class, as a share of what is possible; below, nothing is doubted
@@ -106,7 +105,9 @@ def doubt_label_sets(samples: Sequence[Sample], embeddings: NDArray[np.float32],
     each label by itself, with the images that have it and those that do not as the two classes, and if that prediction also finds
     the decision as given improbable, because the labels of an image are many decisions.
     """
-    targets = task_named("multilabel").encode(targets_of(samples), n_classes)
+    targets = np.zeros((len(samples), n_classes), np.uint8)
+    for row, sample in enumerate(samples):
+        targets[row, list(sample.labels)] = 1
     given = targets.astype(bool)
     known = (given.sum(axis=0) >= LEAST_OF_A_CLASS) & ((~given).sum(axis=0) >= LEAST_OF_A_CLASS)
     if len(samples) < LEAST_IMAGES or not known.any():

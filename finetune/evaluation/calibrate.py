@@ -54,10 +54,10 @@ def fit_calibration(held_out: Predictions, temperature: float, *, embeddings_mat
         embeddings_match: whether the embeddings in the table equal those of the exported model.
 
     Returns:
-        None for fewer than `MIN_IMAGES` images, and for tasks with several labels per image.
+        None for fewer than `MIN_IMAGES` images, and for tasks whose models give no prediction sets.
     """
     task = task_named(held_out.task)
-    if len(held_out) < MIN_IMAGES or not task.exclusive:
+    if len(held_out) < MIN_IMAGES or task.why_no_prediction_sets:
         return None
     probs = task.probabilities(held_out.logits, temperature)
     targets = held_out.labels.astype(np.int64)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -108,12 +108,4 @@ def _relabelled(dataset: Dataset, samples: Sequence[Sample], classes: Sequence[s
         problems = [Problem(name, f"not a class of this model.{did_you_mean(name, classes)}") for name in unknown]
         raise DataError(f"{dataset.root}: the model knows {', '.join(classes)}", problems)
     of_bundle = [position.get(name, -1) for name in dataset.classes]
-    return [
-        replace(
-            sample,
-            target=of_bundle[sample.target]
-            if isinstance(sample.target, int)
-            else tuple(sorted(of_bundle[label] for label in sample.target)),
-        )
-        for sample in samples
-    ]
+    return [sample.renumbered(of_bundle) for sample in samples]

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from finetune.features.lbfgs import Floats, Objective
 from finetune.features.solve import SolvedHead, linear_logits, solve_head
 from finetune.features.standardise import Float32s
+from finetune.metrics.imbalance import rarest_label
 from finetune.metrics.labels import binary_cross_entropy, label_results, mean_average_precision, nll
 
 
@@ -60,14 +61,6 @@ def solve_sigmoid_head(
         overwrite=overwrite,
         image_weights=image_weights,
     )
-
-
-def rarest_label(targets: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
-    """Return the rarest label (N,) of each image, C if it has none. Folds that are stratified by it all contain rare labels."""
-    n_classes = targets.shape[1]
-    counts = targets.sum(axis=0, dtype=np.int64)
-    masked = np.where(targets > 0, counts, np.iinfo(np.int64).max)
-    return np.asarray(np.where(targets.any(axis=1), masked.argmin(axis=1), n_classes), np.int64)
 
 
 class _Problem:

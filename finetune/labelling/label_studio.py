@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import quote
 from xml.sax.saxutils import quoteattr
 
-from finetune.labelling.suggest import Suggestion
+from finetune.labelling.queries import query_of
+from finetune.labelling.suggestion import Suggestions
 
 CONTROL, OBJECT = "label", "image"  # names in the labelling configuration, to which the pre-annotations refer
 _LOCAL_FILES = "/data/local-files/?d="  # URL under which Label Studio serves local files
 
 
-def tasks_of(suggestions: Sequence[Suggestion], model: str, *, exclusive: bool = True) -> list[dict[str, Any]]:
-    """Return the tasks. Image URLs are paths relative to the given folder, which Label Studio must serve as local files.
-
-    Args:
-        exclusive: whether every image has exactly one label.
-    """
+def tasks_of(found: Suggestions) -> list[dict[str, Any]]:
+    """Return the tasks. Image URLs are paths relative to the given folder, which Label Studio must serve as local files."""
+    query = query_of(found.task)
     return [
         {
             "data": {
@@ -30,8 +27,8 @@ def tasks_of(suggestions: Sequence[Suggestion], model: str, *, exclusive: bool =
             },
             "predictions": [
                 {
-                    "model_version": model,
-                    "score": round(one.probabilities[0] if exclusive else one.margin, 6),
+                    "model_version": found.model,
+                    "score": round(query.score(one), 6),
                     "result": [
                         {
                             "from_name": CONTROL,
@@ -45,14 +42,14 @@ def tasks_of(suggestions: Sequence[Suggestion], model: str, *, exclusive: bool =
                 }
             ],
         }
-        for one in suggestions
+        for one in found.chosen
     ]
 
 
-def labelling_page(classes: Sequence[str], *, exclusive: bool = True) -> str:
+def labelling_page(found: Suggestions) -> str:
     """Return Label Studio's labelling configuration (XML) for the tasks."""
-    choice = "single" if exclusive else "multiple"
-    choices = "\n".join(f"    <Choice value={quoteattr(name)}/>" for name in classes)
+    choice = query_of(found.task).choice
+    choices = "\n".join(f"    <Choice value={quoteattr(name)}/>" for name in found.classes)
     return (
         f'<View>\n  <Image name="{OBJECT}" value="${OBJECT}"/>\n'
         f'  <Choices name="{CONTROL}" toName="{OBJECT}" choice="{choice}" showInline="true">\n{choices}\n  </Choices>\n</View>\n'

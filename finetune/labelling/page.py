@@ -11,12 +11,13 @@ from pathlib import Path
 from finetune.bundle.image import decode_image
 from finetune.errors import ImageError
 from finetune.labelling.label_studio import labelling_page, tasks_of
-from finetune.labelling.suggest import Suggestion, Suggestions
+from finetune.labelling.queries import query_of
+from finetune.labelling.suggestion import Suggestion, Suggestions
 from finetune.messages import plural, printable
 from finetune.report.pictures import THUMBNAIL_PX, data_uri, thumbnail
 from finetune.report.templates import render
 from finetune.storage.files import json_text, write_atomic
-from finetune.tasks import task_named
+from finetune.tasks import NO_LABEL, task_named
 
 TABLE, PAGE, TASKS, LABELLING_PAGE = "suggestions.csv", "suggestions.html", "label_studio.json", "label_studio.xml"
 
@@ -26,8 +27,8 @@ def write_suggestions(folder: Path, found: Suggestions) -> dict[str, Path]:
     texts = {
         TABLE: _table(found),
         PAGE: _page(found),
-        TASKS: json_text(tasks_of(found.chosen, found.model, exclusive=found.exclusive), indent=2) + "\n",
-        LABELLING_PAGE: labelling_page(found.classes, exclusive=found.exclusive),
+        TASKS: json_text(tasks_of(found), indent=2) + "\n",
+        LABELLING_PAGE: labelling_page(found),
     }
     for name, text in texts.items():
         data = text.encode("utf-8", "surrogateescape" if name == TABLE else "backslashreplace")
@@ -43,26 +44,26 @@ def write_suggestions(folder: Path, found: Suggestions) -> dict[str, Path]:
 def _table(found: Suggestions) -> str:
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
-    first, second = ("predicted", "second") if found.exclusive else ("least_certain", "second_least_certain")
-    several = [] if found.exclusive else ["predicted"]
-    names = [first, "probability" if found.exclusive else f"{first}_probability", second, f"{second}_probability"]
-    writer.writerow(["rank", "file", *several, *names, "stands_for", "reason", "sha256"])
+    query = query_of(found.task)
+    writer.writerow(["rank", "file", *query.columns, "stands_for", "reason", "sha256"])
     for one in found.chosen:
-        given = [] if found.exclusive else [json_text(list(one.given))]
-        likely = [value for pair in zip(one.likely, one.probabilities, strict=True) for value in (pair[0], round(pair[1], 6))]
-        likely = [*likely, *[""] * 4][:4]
-        writer.writerow([one.rank, one.file, *given, *likely, one.stands_for, one.reason, one.sha256])
+        writer.writerow([one.rank, one.file, *query.cells(one), one.stands_for, one.reason, one.sha256])
     return text.getvalue()
 
 
 def _page(found: Suggestions) -> str:
-    counts = Counter(label for one in found.chosen for label in one.given or (task_named("multilabel").label_text((), ()),))
+    counts = Counter(label for one in found.chosen for label in one.given or (NO_LABEL,))
+    query = query_of(found.task)
     return render(
         "suggest.html",
         title="What to label next",
         found=found,
         counts=plural(len(found.chosen), "picture"),
-        pictures=[{"suggestion": one, "file": printable(one.file), "uri": _picture(one)} for one in found.chosen],
+        pictures=[
+            {"suggestion": one, "names": query.names(one), "file": printable(one.file), "uri": _picture(one)}
+            for one in found.chosen
+        ],
+        noun=task_named(found.task).noun,
         by_class=[[name, count] for name, count in counts.most_common()],
     )
 

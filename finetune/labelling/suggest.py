@@ -7,9 +7,8 @@ duplicates of a chosen image or, if labelled data is given, of a labelled one.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,100 +20,16 @@ from finetune.data.places.opening import check_present
 from finetune.doctor.looks import look_at_all
 from finetune.errors import DataError, InvalidInput, Problem
 from finetune.evaluation.predict import SamplePrediction, UnreadableSample, image_samples, predict_samples
-from finetune.labelling.choose import choose, label_margins, label_uncertainty, margins, unit
+from finetune.labelling.choose import choose, unit
+from finetune.labelling.queries import query_of
+from finetune.labelling.suggestion import Suggestion, Suggestions
 from finetune.messages import plural, printable
 from finetune.progress import ProgressCallback, silent
 from finetune.runtime.cores import available_cores
-from finetune.tasks import task_named
+from finetune.tasks import Task
 
 SHOWN_CLASSES = 3
 NEIGHBOURS = 3  # labelled images that a suggestion is compared with
-
-
-@dataclass(frozen=True)
-class Suggestion:
-    """One image to label, and why it was chosen.
-
-    Args:
-        file: its path as found.
-        relative: its path relative to the given folder.
-        given: the labels that the model predicts: exactly one, or any number if images may have several.
-        likely: the most probable classes, with their `probabilities`; if images may have several labels, the least certain ones.
-        margin: difference of the two highest probabilities, or 1 minus the uncertainty of the labels; 0 is maximal uncertainty.
-        stands_for: number of images of the pool to which it is the nearest suggestion, including itself.
-        reason: probabilities and `stands_for` as a sentence.
-    """
-
-    rank: int
-    file: str
-    relative: str
-    sha256: str
-    given: tuple[str, ...]
-    likely: tuple[str, ...]
-    probabilities: tuple[float, ...]
-    margin: float
-    stands_for: int
-    reason: str
-    sample: Sample = field(repr=False)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the suggestion as JSON values."""
-        return {
-            "rank": self.rank,
-            "file": printable(self.file),
-            "sha256": self.sha256,
-            "labels": list(self.given),
-            "predictions": [
-                {"label": label, "probability": probability}
-                for label, probability in zip(self.likely, self.probabilities, strict=True)
-            ],
-            "margin": self.margin,
-            "stands_for": self.stands_for,
-            "reason": self.reason,
-        }
-
-
-@dataclass(frozen=True)
-class Suggestions:
-    """The images to label next, least certain first, and the counts of those that were left out."""
-
-    model: str
-    classes: tuple[str, ...]
-    exclusive: bool  # whether every image has exactly one label
-    n_pictures: int  # size of the pool
-    chosen: tuple[Suggestion, ...]
-    unreadable: tuple[UnreadableSample, ...] = ()
-    same_bytes: int = 0  # exact duplicates
-    seen: int = 0  # files that the model was trained or validated on, or that are in the labelled data
-    blank: int = 0  # images that would have been chosen but show nothing: one colour throughout
-    near_copies: int = 0  # images that would have been chosen but are near duplicates of a chosen or labelled one
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the suggestions as JSON values."""
-        return {
-            "model": self.model,
-            "n_pictures": self.n_pictures,
-            "suggestions": [one.to_dict() for one in self.chosen],
-            "left_out": {
-                "unreadable": [{"file": printable(bad.sample.id), "reason": bad.error.message} for bad in self.unreadable],
-                "same_bytes": self.same_bytes,
-                "already_labelled": self.seen,
-                "blank": self.blank,
-                "near_copies": self.near_copies,
-            },
-        }
-
-    @property
-    def left_out(self) -> tuple[str, ...]:
-        """The reasons and counts of what was left out, as text."""
-        said = (
-            (len(self.unreadable), "cannot be read"),
-            (self.seen, "labelled already"),
-            (self.same_bytes, "the same bytes as another"),
-            (self.blank, "one colour throughout, so there is nothing to label"),
-            (self.near_copies, "a near copy of a suggested or labelled picture"),
-        )
-        return tuple(f"{plural(count, 'file')}: {what}" for count, what in said if count)
 
 
 def suggest(
@@ -156,7 +71,7 @@ def suggest(
     return Suggestions(
         f"{manifest.name}{version}",
         manifest.classes,
-        predictor.task.exclusive,
+        predictor.task.name,
         len(pool) + len(unreadable),
         _described(fresh, rows, certainty, embeddings, folders),
         tuple(unreadable),
@@ -173,37 +88,29 @@ class PoolCertainty:
 
     Args:
         margins: (N,) 0 is maximal uncertainty.
-        thresholds: (C,) probabilities from which a label is predicted; None if every image has exactly one label.
+        thresholds: (C,) probabilities from which on labels are given; empty if the task decides without them.
     """
 
+    task: Task
     classes: tuple[str, ...]
     probs: NDArray[np.float64]  # (N, C)
     margins: NDArray[np.float64]
-    thresholds: NDArray[np.float64] | None
+    thresholds: NDArray[np.float64]
 
     @classmethod
     def of(cls, predictor: Predictor, probs: NDArray[np.float64]) -> PoolCertainty:
         """Return the certainty of the predictor about images with probabilities `probs` (N, C)."""
-        classes = predictor.manifest.classes
-        if predictor.task.exclusive:
-            return cls(classes, probs, margins(probs), None)
-        thresholds = np.array(predictor.manifest.thresholds or (0.5,) * len(classes))
-        return cls(classes, probs, 1 - label_uncertainty(probs, thresholds), thresholds)
+        thresholds = np.array(predictor.manifest.label_thresholds or (), np.float64)
+        margins = query_of(predictor.task.name).margins(probs, thresholds)
+        return cls(predictor.task, predictor.manifest.classes, probs, margins, thresholds)
 
     def given(self, row: int) -> tuple[str, ...]:
         """Return the labels that the model predicts for an image, the most probable first."""
-        if self.thresholds is None:
-            return self.likely(row)[0][:1]
-        order = task_named("multilabel").predict_labels(self.probs[row], tuple(self.thresholds))
-        return tuple(self.classes[one] for one in order)
+        return tuple(self.classes[one] for one in self.task.predict_labels(self.probs[row], tuple(self.thresholds)))
 
     def likely(self, row: int) -> tuple[tuple[str, ...], tuple[float, ...]]:
-        """Return the most probable classes of an image, or the least certain labels, with their probabilities."""
-        if self.thresholds is None:
-            order = task_named("multiclass").ranking(self.probs[row])
-        else:
-            order = np.argsort(label_margins(self.probs[row], self.thresholds), kind="stable")
-        order = order[:SHOWN_CLASSES]
+        """Return the classes that an annotator is asked about first, with their probabilities."""
+        order = query_of(self.task.name).order(self.probs[row], self.thresholds)[:SHOWN_CLASSES]
         return tuple(self.classes[one] for one in order), tuple(float(self.probs[row, one]) for one in order)
 
 
@@ -343,15 +250,15 @@ def _described(
                 probabilities,
                 float(certain[place]),
                 int(stands_for[place]),
-                _reason(likely, probabilities, int(stands_for[place]), exclusive=certainty.thresholds is None),
+                _reason(likely, probabilities, int(stands_for[place]), query_of(certainty.task.name).lead),
                 prediction.sample,
             )
         )
     return tuple(found)
 
 
-def _reason(likely: Sequence[str], probabilities: Sequence[float], stands_for: int, *, exclusive: bool) -> str:
-    said = f"{'' if exclusive else 'least certain: '}{likely[0]} {probabilities[0]:.0%}"
+def _reason(likely: Sequence[str], probabilities: Sequence[float], stands_for: int, lead: str) -> str:
+    said = f"{lead}{likely[0]} {probabilities[0]:.0%}"
     if len(likely) > 1:
         said += f", {likely[1]} {probabilities[1]:.0%}"
     others = (

@@ -23,7 +23,6 @@ from finetune.monitoring.drift import MIN_WINDOW, Drift, drift_of
 from finetune.monitoring.reference import Reference, read_reference, write_reference
 from finetune.monitoring.statistics import PredictionStatistics, read_statistics, write_statistics
 from finetune.monitoring.window import WINDOW_IMAGES, Window
-from finetune.tasks import task_named
 
 WINDOW = "window.npz"
 ACCEPTED = "accepted.npz"
@@ -88,11 +87,12 @@ class MonitoredVersion:
         self.follow_reference()
 
     def fits(self, statistics: PredictionStatistics) -> bool:
-        """Return whether the statistics fit the task and the number of classes of this version."""
+        """Return whether the statistics fit the classes of this version, and whether these have thresholds."""
         n_classes, given = len(self.manifest.classes), statistics.given
-        if task_named(self.manifest.task).exclusive:
-            return given is None and (not len(statistics) or int(statistics.label.max()) < n_classes)
-        return given is not None and given.shape[1] == n_classes
+        n_labels = None if given is None else given.shape[1]
+        if n_labels != (None if self.manifest.label_thresholds is None else n_classes):
+            return False
+        return not len(statistics) or int(statistics.label.max()) < n_classes
 
     def collect(self) -> int:
         """Add the statistics in ``arriving/`` to the window and delete the files; return the number of predictions."""
@@ -187,6 +187,6 @@ def _empty_window(manifest: Manifest) -> Window:
     return Window(
         manifest.files.get(MODEL, ""),
         len(manifest.classes),
-        several=not task_named(manifest.task).exclusive,
+        several=manifest.label_thresholds is not None,
         unlike_beyond=calibration.novelty[place] if calibration is not None and known else None,
     )

@@ -27,7 +27,7 @@ class PredictionStatistics:
     confidence: NDArray[np.float32]  # (N,) probability of the most probable class
     label: NDArray[np.int32]  # (N,) index of the most probable class
     distance: NDArray[np.float32]  # (N,) of the embedding from the known subspace (`finetune.metrics.novelty`); NaN: unknown
-    given: NDArray[np.bool_] | None = None  # (N, C) predicted labels of a multi-label model, else None
+    given: NDArray[np.bool_] | None = None  # (N, C) labels that are given by thresholds; None if the task has none
 
     def __len__(self) -> int:
         return len(self.confidence)
@@ -57,13 +57,12 @@ def statistics_of(
     Args:
         probs, embeddings: (N, C) and (N, D).
         subspace: of the embeddings of known images; None if the bundle has none.
-        thresholds: (C,) least probabilities with which labels are given, for a multi-label model.
+        thresholds: (C,) least probabilities with which labels are given; by default those of the task, if it has any.
     """
     known = subspace is not None and embeddings is not None
     distance = subspace.distances(embeddings) if known else np.full(len(probs), np.nan)  # type: ignore[union-attr, arg-type]
-    given = None
-    if not task_named(task).exclusive:
-        given = probs >= np.asarray(thresholds if thresholds is not None else (0.5,) * probs.shape[1])
+    limits = task_named(task).default_thresholds(probs.shape[1]) if thresholds is None else thresholds
+    given = None if limits is None else probs >= np.asarray(limits)
     return PredictionStatistics(
         probs.max(axis=1).astype(np.float32), probs.argmax(axis=1).astype(np.int32), distance.astype(np.float32), given
     )

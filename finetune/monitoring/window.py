@@ -43,7 +43,7 @@ class Window:
     Args:
         model_sha256: of the model's file; a stored window of another model with the same name is ignored.
         n_classes: of the model.
-        several: whether it is a multi-label model.
+        several: whether it gives an image any number of labels, so that those are kept too.
         unlike_beyond: the distance above which an image counts as novel; None: unknown.
     """
 

@@ -30,7 +30,7 @@ from finetune.evaluation.evaluate import Evaluation
 from finetune.evaluation.folds import CrossValidation
 from finetune.metrics import Metric
 from finetune.report.text import SHOWN_CLASSES
-from finetune.tasks import Task
+from finetune.tasks import Task, task_named
 
 INK, FAINT, GRID = "#24292f", "#6e7781", "#d8dee4"
 TRAIN, VAL, BEST = "#d9730d", "#2563eb", "#15803d"
@@ -293,9 +293,7 @@ def reliability_diagram(before: Evaluation, after: Evaluation | None = None) -> 
     """Draw accuracy against confidence in the bins of the ECE, with the counts of the bins below; also after calibration."""
     shown = [("", before)] if after is None else [("Before: ", before), ("After temperature: ", after)]
     figure = Figure(figsize=(5.2 if after is None else WIDTH_INCHES, 4.6))
-    names = ("confidence in the given label", "accuracy", "images")
-    if before.confusion is None:  # an image may have several labels
-        names = ("probability of a label", "share that has it", "answers")
+    names = task_named(before.task).reliability_axes
     columns = figure.subplots(2, len(shown), sharex=True, sharey="row", height_ratios=(3, 1), squeeze=False)
     for (title, evaluation), top, bottom in zip(shown, columns[0], columns[1], strict=True):
         filled = [(b, b.confidence, b.accuracy) for b in evaluation.bins if b.confidence is not None and b.accuracy is not None]

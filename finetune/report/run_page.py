@@ -139,7 +139,7 @@ def render_report(inputs: ReportInputs, drawn: Mapping[str, str]) -> str:
         trained=[shown[name] for name in _TRAINING_FIGURES if name in shown],
         classes=_classes(evaluation, inputs.thresholds),
         confused=_confused(evaluation),
-        several=not task_named(evaluation.task).exclusive,
+        probability_note=task_named(evaluation.task).probability_note,
         mistakes=[_mistake(mistake) for mistake in inputs.mistakes],
         phases=[_phase(phase, inputs.stage_names) for phase in inputs.phases if "n_steps" in phase],
         resolved=_facts(inputs.resolved),

@@ -133,10 +133,7 @@ class _Labels:
     @cached_property
     def indicators(self) -> Features:
         """(N, C) 1 if an image has the label, else 0."""
-        if self.targets.ndim > 1:
-            return np.asarray(self.targets, dtype=np.float64)
-        one_hot: Features = np.eye(int(self.targets.max()) + 1)[self.targets]
-        return one_hot
+        return self.task.indicators(self.targets)
 
     def first(self, n: int) -> _Labels:
         return _Labels(self.task, self.targets[:n])

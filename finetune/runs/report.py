@@ -101,9 +101,10 @@ def _after(predictions: Predictions, evaluation: RunEvaluation, calibration: Cal
 
 
 def _curve(predictions: Predictions, evaluation: RunEvaluation) -> AccuracyCoverage | None:
-    """Return the accuracy-coverage curve; None for a multilabel task."""
-    temperature = evaluation.temperature.temperature if evaluation.temperature else 1.0
-    return accuracy_coverage(predictions, temperature) if task_named(predictions.task).exclusive else None
+    """Return the accuracy-coverage curve; None for a task whose models cannot abstain."""
+    if task_named(predictions.task).why_no_prediction_sets:
+        return None
+    return accuracy_coverage(predictions, evaluation.temperature.temperature if evaluation.temperature else 1.0)
 
 
 def shown_mistakes(predictions: Predictions, prepared: Prepared) -> list[ShownMistake]:

@@ -242,7 +242,7 @@ def _why_threads(threads: int) -> str:
 def _reasons(spec: JobSpec, task: Task, backbone: BackboneFacts, compute: Compute) -> dict[str, str]:
     """Return the reasons for the values that are not part of the recipe, by field path."""
     defaults = {
-        "task": (spec.task, "every image has one label" if task.exclusive else "images have several labels, or none"),
+        "task": (spec.task, task.description),
         "model.weights": (spec.model.weights, f"default: found in {_WEIGHTS_FROM.get(backbone.weights['source'], 'a file')}"),
         "model.input_size_px": (spec.model.input_size_px, "as the weights were trained"),
         "compute.device": (spec.compute.device, "a GPU" if compute.device == "cuda" else "PyTorch sees no GPU here"),

@@ -175,7 +175,7 @@ def _weighting(prepared: Prepared) -> tuple[Balance, NDArray[np.float64] | None]
     train, n_classes = dataset.of("train"), len(dataset.classes)
     targets = prepared.task.encode(targets_of(train), n_classes)
     balance = prepared.task.balance(targets, n_classes, data.class_weights, data.logit_adjustment)
-    return balance, image_weights(train, dataset.classes, targets, balance.of_steps)
+    return balance, image_weights(train, dataset.classes, balance.of_steps)
 
 
 def overlapping_with_training(dataset: Dataset, run: RunDir) -> dict[str, frozenset[str]]:

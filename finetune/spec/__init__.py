@@ -10,7 +10,6 @@ from finetune.spec.job import METHOD_SECTIONS, JobSpec, fields_called, parse_spe
 from finetune.spec.problems import problems_of
 from finetune.spec.reading import load_spec, merged_mapping, with_settings
 from finetune.spec.sections import (
-    LOSSES,
     METHODS,
     SUFFIX_PATTERN,
     AutoMethod,
@@ -25,6 +24,7 @@ from finetune.spec.sections import (
     Partial,
     Section,
 )
+from finetune.spec.tasks import LOSSES
 
 __all__ = [
     "DEFAULT_BACKBONE",

@@ -15,7 +15,6 @@ from finetune.errors import InvalidInput, SpecError
 from finetune.spec.backbones import DEFAULT_BACKBONE, absolute_backbone
 from finetune.spec.problems import keys_called_in, problems_of
 from finetune.spec.sections import (
-    LOSSES,
     SUFFIX_PATTERN,
     AugmentationSpec,
     AutoMethod,
@@ -32,7 +31,9 @@ from finetune.spec.sections import (
     Partial,
     Section,
 )
+from finetune.spec.tasks import LOSSES, NOT_CONVEX, TASK_MEANINGS, TaskName
 
+_TASKS = " ".join(f"{name}: {meaning}." for name, meaning in TASK_MEANINGS.items())
 _OF_A_SOLVED_HEAD = ("l2", "views", "refit", "loss")  # the hyperparameters that a linear probe uses
 
 
@@ -60,11 +61,8 @@ class JobSpec(Section):
     ] = None
     test_file: Annotated[str | None, Field(description="Labelled images to test on once, at the end. null: split off.")] = None
     task: Annotated[
-        Literal["auto", "multiclass", "multilabel"],
-        Field(
-            description="multiclass: exactly one label per image. multilabel: several labels, or none. auto: detected from "
-            "the labels."
-        ),
+        Literal["auto", TaskName],
+        Field(description=f"{_TASKS} auto: detected from the labels."),
     ] = "auto"
     data: Annotated[DataSpec, Field(description="How the labelled images are read and split.")] = DataSpec()
     method: Annotated[
@@ -92,9 +90,9 @@ class JobSpec(Section):
     @model_validator(mode="after")
     def _loss_fits(self) -> JobSpec:
         loss = self.hyperparameters.loss
-        if loss == "asymmetric" and self.method.type == "linear_probe":
+        if loss in NOT_CONVEX and self.method.type == "linear_probe":
             raise ValueError(
-                "hyperparameters.loss: asymmetric is for training by steps, and linear_probe takes none: its head is solved, "
+                f"hyperparameters.loss: {loss} is for training by steps, and linear_probe takes none: its head is solved, "
                 "which needs a convex loss. Choose method partial, full or gradual"
             )
         if loss != "auto" and loss not in LOSSES.get(self.task, (loss,)):

@@ -4,23 +4,16 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from finetune.spec.backbones import DEFAULT_BACKBONE, HUB_NAME, ON_HUB, is_own_model, is_registered_model
+from finetune.spec.tasks import LOSS_MEANINGS, LossName
 
 Auto = Literal["auto"]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 SUFFIX_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,62}$"
-
-
-LOSSES: Mapping[str, tuple[str, ...]] = {
-    "multiclass": ("cross_entropy",),
-    "multilabel": ("binary_cross_entropy", "asymmetric"),
-}
-"""The losses that training can minimise, by task, the default first."""
 
 
 class Section(BaseModel):
@@ -387,11 +380,8 @@ class Hyperparameters(Section):
         Field(description="Weight decay (decoupled L2 regularisation, AdamW) of training by steps; not on biases and norms."),
     ] = "auto"
     loss: Annotated[
-        Literal["auto", "cross_entropy", "binary_cross_entropy", "asymmetric"],
-        Field(
-            description="The loss of training by steps: cross_entropy for one label per image, binary_cross_entropy (the "
-            "default) or asymmetric for several."
-        ),
+        Literal["auto", LossName],
+        Field(description=f"The loss of training by steps: {LOSS_MEANINGS}."),
     ] = "auto"
     label_smoothing: Annotated[
         Auto | Annotated[float, Field(ge=0.0, lt=1.0)],

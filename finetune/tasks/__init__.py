@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from finetune.errors import InvalidInput, did_you_mean
 from finetune.tasks.multiclass import Multiclass
-from finetune.tasks.multilabel import Multilabel
+from finetune.tasks.multilabel import NO_LABEL, Multilabel
 from finetune.tasks.task import Target, Task
 
 TASKS: tuple[Task, ...] = (Multiclass(), Multilabel())
@@ -30,4 +30,4 @@ def task_of(targets: Sequence[Target]) -> Task:
     return next(task for task in TASKS if task.is_task_of(targets))
 
 
-__all__ = ["TASKS", "Target", "Task", "task_named", "task_of"]
+__all__ = ["NO_LABEL", "TASKS", "Target", "Task", "task_named", "task_of"]

@@ -29,17 +29,19 @@ class Balance:
             of the label's loss term on the images that have the label; the weight on all other images is one.
         offsets: (C,) added to the logits in the loss only (logit adjustment: Menon et al. 2021), so that the model does not learn
             the class frequencies; they are subtracted from the bias of a solved head, which is equivalent.
+        of_images: (N,) the weight of each training image by its class; None: all are 1, as where `weights` are of single labels.
         sampled: training steps draw all classes equally often, so their loss has no weights; `weights` apply to the solved head.
     """
 
     weights: NDArray[np.float64] | None = None
     offsets: NDArray[np.float64] | None = None
     sampled: bool = False
+    of_images: NDArray[np.float64] | None = None
 
     @property
     def of_steps(self) -> Balance:
         """The balance that applies to the loss of training steps."""
-        return replace(self, weights=None) if self.sampled else self
+        return replace(self, weights=None, of_images=None) if self.sampled else self
 
 
 def balance_of(labels: NDArray[np.integer[Any]], n_classes: int, class_weights: ClassWeights, logit_adjustment: float) -> Balance:
@@ -57,7 +59,8 @@ def balance_of(labels: NDArray[np.integer[Any]], n_classes: int, class_weights: 
         return Balance(None, offsets)
     worth = counts if class_weights in ("balanced", "sampling") else (1 - EFFECTIVE_BETA**counts) / (1 - EFFECTIVE_BETA)
     weights = np.divide(1.0, worth, out=np.zeros_like(counts), where=counts > 0)
-    return Balance(weights * (counts.sum() / float((weights * counts).sum())), offsets, class_weights == "sampling")
+    weights *= counts.sum() / float((weights * counts).sum())
+    return Balance(weights, offsets, class_weights == "sampling", weights[labels])
 
 
 def balance_of_labels(targets: NDArray[Any], class_weights: ClassWeights, logit_adjustment: float) -> Balance:

@@ -26,10 +26,14 @@ class Multiclass:
     """The task with exactly one label per image."""
 
     name = "multiclass"
-    exclusive = True
+    description = "every image has one label"
     noun = "class"
     losses = LOSSES["multiclass"]
     smooths_labels = True
+    needs_every_class = True
+    why_no_prediction_sets = None
+    probability_note = ""
+    reliability_axes = ("confidence in the given label", "accuracy", "images")
     metrics: Sequence[Metric[Rows]] = (TOP1, TOP5, MACRO_F1, MEAN_PER_CLASS_ACCURACY, NLL, ECE, BRIER)
     headline: Metric[Rows] = TOP1
     mean_score: Metric[Rows] = TOP1
@@ -52,6 +56,12 @@ class Multiclass:
             )
         return np.array(targets, dtype=np.int64)
 
+    def indicators(self, targets: Targets) -> NDArray[np.float64]:
+        return np.asarray(np.eye(int(targets.max()) + 1)[targets], np.float64)
+
+    def strata(self, targets: Targets) -> NDArray[np.int64]:
+        return np.asarray(targets, np.int64)
+
     def probabilities(self, logits: Logits, temperature: float = 1.0) -> NDArray[np.float64]:
         return np.exp(log_softmax(logits.astype(np.float64) / temperature))
 
@@ -63,6 +73,11 @@ class Multiclass:
 
     def uniform_loss(self, n_classes: int) -> float:
         return math.log(n_classes)
+
+    def learning_curve(self, rows: Rows) -> Mapping[str, float]:
+        right = rows.score == 1
+        by_class = [right[rows.targets == label].mean() for label in np.unique(rows.targets)]
+        return {TOP1.key: float(right.mean()), MEAN_PER_CLASS_ACCURACY.key: float(np.mean(by_class))}
 
     def class_counts(self, rows: Rows) -> Sequence[tuple[int, int, int]]:
         true, given, correct = rows.confusion.sum(axis=1), rows.confusion.sum(axis=0), np.diagonal(rows.confusion)
@@ -93,6 +108,9 @@ class Multiclass:
         return fit_softmax_temperature(logits, targets)
 
     def choose_thresholds(self, logits: Logits, targets: Targets) -> None:
+        return None
+
+    def default_thresholds(self, n_classes: int) -> None:
         return None
 
     def probability_thresholds(self, thresholds: Thresholds, temperature: float) -> tuple[float, ...]:

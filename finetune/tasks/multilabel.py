@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from finetune.metrics import Interval, Metric
 from finetune.metrics.calibration import ReliabilityBin, reliability_bins
+from finetune.metrics.imbalance import rarest_label
 from finetune.metrics.labels import (
     BRIER,
     ECE,
@@ -41,10 +42,14 @@ class Multilabel:
     """The task with any number of labels per image, including none."""
 
     name = "multilabel"
-    exclusive = False
+    description = "images have several labels, or none"
     noun = "label"
     losses = LOSSES["multilabel"]
     smooths_labels = False
+    needs_every_class = False  # a rare label may be absent from a split, which then does not measure it
+    why_no_prediction_sets = "This model gives an image any number of labels, each with a threshold of its own"
+    probability_note = "The percentages are of one label of the image, the one that was wrong with the most confidence."
+    reliability_axes = ("probability of a label", "share that has it", "answers")
     metrics: Sequence[Metric[LabelRows]] = (MAP, MICRO_F1, MACRO_F1, EXACT_MATCH, NLL, ECE, BRIER)
     headline: Metric[LabelRows] = MAP
     mean_score: Metric[LabelRows] = EXACT_MATCH
@@ -65,6 +70,12 @@ class Multilabel:
             encoded[row, [target] if isinstance(target, int) else list(target)] = 1
         return encoded
 
+    def indicators(self, targets: Targets) -> NDArray[np.float64]:
+        return np.asarray(targets, np.float64)
+
+    def strata(self, targets: Targets) -> NDArray[np.int64]:
+        return rarest_label(targets)
+
     def probabilities(self, logits: Logits, temperature: float = 1.0) -> NDArray[np.float64]:
         return sigmoid(logits.astype(np.float64) / temperature)
 
@@ -77,6 +88,9 @@ class Multilabel:
 
     def uniform_loss(self, n_classes: int) -> float:
         return math.log(2.0)
+
+    def learning_curve(self, rows: LabelRows) -> Mapping[str, float]:
+        return {MAP.key: MAP.compute(rows)}
 
     def class_counts(self, rows: LabelRows) -> Sequence[tuple[int, int, int]]:
         return [(int(t), int(g), int(b)) for t, g, b in zip(*rows.counts, strict=True)]
@@ -116,6 +130,9 @@ class Multilabel:
     def choose_thresholds(self, logits: Logits, targets: Targets) -> NDArray[np.float32]:
         checked = check_labels(logits, targets)
         return np.array([best_threshold(logits[:, label], checked[:, label]) for label in range(logits.shape[1])], np.float32)
+
+    def default_thresholds(self, n_classes: int) -> tuple[float, ...]:
+        return (0.5,) * n_classes
 
     def probability_thresholds(self, thresholds: NDArray[np.floating[Any]], temperature: float) -> tuple[float, ...]:
         return tuple(float(one) for one in self.probabilities(thresholds[None], temperature)[0])

@@ -1,8 +1,10 @@
 """The protocol of a task: everything that differs between single-label and multi-label classification.
 
 A task defines how targets are encoded, the function from logits to probabilities, the decision made from them, the metrics, and
-the form of a prediction. All of it is torch-free. The training loss of each task is in `finetune.training.objectives` and its
-solved head in `finetune.features.heads`, both under the task's name.
+the form of a prediction. All of it is torch-free. What belongs to other layers is in their tables, under the task's name: its
+name and losses in the job spec (`finetune.spec.tasks`), the objective of training (`finetune.training.objectives`), the solver of
+the head (`finetune.features.heads`), what doubts labels during training (`finetune.training.label_doubts`) and in an examination
+(`finetune.doctor.label_findings`), and what to label next (`finetune.labelling.queries`). No other module asks which task it is.
 """
 
 from __future__ import annotations
@@ -52,8 +54,8 @@ class Task(Protocol):
         ...
 
     @property
-    def exclusive(self) -> bool:
-        """Whether an image has exactly one label. Only then can prediction sets be requested."""
+    def description(self) -> str:
+        """How many labels an image has, as the reason that is recorded for a task that was chosen by the labels."""
         ...
 
     @property
@@ -69,6 +71,26 @@ class Task(Protocol):
     @property
     def smooths_labels(self) -> bool:
         """Whether label smoothing is used by default on data sets with many images."""
+        ...
+
+    @property
+    def needs_every_class(self) -> bool:
+        """Whether each class must have images of its own to train and to evaluate on, so that images are counted by class."""
+        ...
+
+    @property
+    def why_no_prediction_sets(self) -> str | None:
+        """Why a model can neither give prediction sets nor abstain, as the beginning of a sentence; None: it can do both."""
+        ...
+
+    @property
+    def probability_note(self) -> str:
+        """A sentence on what the probabilities of `predicted_and_true_probabilities` are of; empty: of the whole prediction."""
+        ...
+
+    @property
+    def reliability_axes(self) -> tuple[str, str, str]:
+        """The titles of the reliability diagram's axes: the probability, the measured share, and what is counted."""
         ...
 
     @property
@@ -106,6 +128,14 @@ class Task(Protocol):
         """Return the targets as the array that training and evaluation use, with N as its first axis."""
         ...
 
+    def indicators(self, targets: Targets) -> NDArray[np.float64]:
+        """Return for encoded targets (N, C), 1 where an image has the class; C may end with the last class that has an image."""
+        ...
+
+    def strata(self, targets: Targets) -> NDArray[np.int64]:
+        """Return (N,) the class by which each image is drawn in stratified subsets, for encoded targets."""
+        ...
+
     def probabilities(self, logits: Logits, temperature: float = 1.0) -> NDArray[np.float64]:
         """Return the probability of each class, (N, C), for logits (N, C)."""
         ...
@@ -128,6 +158,10 @@ class Task(Protocol):
 
     def uniform_loss(self, n_classes: int) -> float:
         """Return the loss, in nats, of predicting the same probability for every class."""
+        ...
+
+    def learning_curve(self, rows: Any) -> Mapping[str, float]:
+        """Return the figures of a learning curve by metric key: first the mean over images, last the mean over classes."""
         ...
 
     def class_counts(self, rows: Any) -> Sequence[tuple[int, int, int]]:
@@ -174,6 +208,10 @@ class Task(Protocol):
         """Choose the (C,) thresholds of the logits on held-out images; None in a single-label task."""
         ...
 
+    def default_thresholds(self, n_classes: int) -> tuple[float, ...] | None:
+        """Return the (C,) least probabilities of labels in a bundle without thresholds; None if the decision takes none."""
+        ...
+
     def probability_thresholds(self, thresholds: Thresholds, temperature: float) -> tuple[float, ...]:
         """Convert thresholds (C,) of logits to thresholds of the probabilities of a bundle with this temperature."""
         ...
@@ -208,5 +246,8 @@ class Task(Protocol):
         ...
 
     def ranking(self, probs: NDArray[np.floating[Any]]) -> NDArray[np.int64]:
-        """Return the class indices sorted by probs (C,) of one image, most probable first, ties in class order."""
+        """Return the class indices sorted by probs (C,) of one image, most probable first, ties in class order.
+
+        A task without thresholds, whose decision is another class than the most probable one, puts that class first.
+        """
         ...

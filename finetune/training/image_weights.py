@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,19 +61,14 @@ def weight_facts(train: Sequence[Sample], classes: Sequence[str]) -> WeightFacts
     )
 
 
-def image_weights(
-    train: Sequence[Sample], classes: Sequence[str], targets: NDArray[Any], balance: Balance
-) -> NDArray[np.float64] | None:
+def image_weights(train: Sequence[Sample], classes: Sequence[str], balance: Balance) -> NDArray[np.float64] | None:
     """Return the weight (N,) of each training image in the loss; None if all are equal.
 
-    Their mean is 1, in a multiclass task after multiplication by the weights of the classes.
-
-    Args:
-        targets: of the training images, as the task encodes them.
+    Their mean is 1, after multiplication by the weights that their classes give them (`Balance.of_images`).
     """
     if weight_facts(train, classes) is None:
         return None
     weights = np.array([sample.weight for sample in train], np.float64)
     weights /= weights.max()
-    of_class = 1.0 if balance.weights is None or targets.ndim > 1 else balance.weights[targets]
+    of_class = 1.0 if balance.of_images is None else balance.of_images
     return np.asarray(weights / (weights * of_class).mean())

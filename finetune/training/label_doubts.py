@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any, Protocol
 
-import numpy as np
+from numpy.typing import NDArray
 
 from finetune.data.dataset import Dataset, Sample, targets_of
 from finetune.events import DataWarning
@@ -18,7 +19,7 @@ from finetune.features.left_out import Features, doubted_label_sets, doubted_lab
 from finetune.messages import natural_list, plural, printable
 from finetune.storage.files import write_atomic
 from finetune.storage.rundir import RunDir
-from finetune.tasks import task_named, task_of
+from finetune.tasks import task_of
 
 COLUMNS = ("path", "split", "label", "suggested", "score", "doubt")
 SHOWN = 3
@@ -36,34 +37,56 @@ def record_label_doubts(run: RunDir, dataset: Dataset, parts: Sequence[tuple[Seq
     samples = [sample for of_part, _ in parts for sample in of_part]
     if table.exists():
         return
-    exclusive = task_of(targets_of(samples)).exclusive
-    features = [part for _, part in parts]
+    task = task_of(targets_of(samples))
+    targets = task.encode(targets_of(samples), len(dataset.classes))
+    doubted = LABEL_DOUBTS[task.name](dataset, samples, targets, [part for _, part in parts])
     text = io.StringIO(newline="")
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(COLUMNS)
-    rows.writerows(_of_one_label(dataset, samples, features) if exclusive else _of_several(dataset, samples, features))
+    rows.writerows(doubted)
     write_atomic(table, lambda stream: stream.write(text.getvalue().encode("utf-8", "surrogateescape")))
     for sentence in label_doubts_sentence(run):
         run.record(DataWarning(sentence))
 
 
-def _of_one_label(dataset: Dataset, samples: Sequence[Sample], features: Sequence[Features]) -> Iterator[tuple[str, ...]]:
+class LabelDoubts(Protocol):
+    """Yields the rows of the table for one task."""
+
+    def __call__(
+        self, dataset: Dataset, samples: Sequence[Sample], targets: NDArray[Any], features: Sequence[Features], /
+    ) -> Iterator[tuple[str, ...]]:
+        """Yield a row of `COLUMNS` for each image with doubted labels.
+
+        Args:
+            targets: of the samples, as the task encodes them.
+            features: (n, D) of consecutive parts of the samples.
+        """
+        ...
+
+
+def _doubted_labels(
+    dataset: Dataset, samples: Sequence[Sample], targets: NDArray[Any], features: Sequence[Features]
+) -> Iterator[tuple[str, ...]]:
     """Yield the rows of the table for images that have exactly one label each."""
-    labels = np.array([sample.labels[0] for sample in samples], np.int64)
-    for doubt in doubted_labels(features, labels, len(dataset.classes)):
+    for doubt in doubted_labels(features, targets, len(dataset.classes)):
         sample, suggested = samples[doubt.row], dataset.classes[doubt.suggested]
         label = dataset.label_text(sample)
         yield (*_place(sample), label, suggested, f"{doubt.own_score:.4f}", f"is {label}, rather {suggested}")
 
 
-def _of_several(dataset: Dataset, samples: Sequence[Sample], features: Sequence[Features]) -> Iterator[tuple[str, ...]]:
+def _doubted_label_sets(
+    dataset: Dataset, samples: Sequence[Sample], targets: NDArray[Any], features: Sequence[Features]
+) -> Iterator[tuple[str, ...]]:
     """Yield the rows of the table for images with any number of labels."""
-    targets = task_named("multilabel").encode(targets_of(samples), len(dataset.classes))
     for doubt in doubted_label_sets(features, targets):
         sample = samples[doubt.row]
         corrected = with_changes(sample, doubt.wrong, doubt.missing)
         said = label_changes(dataset, doubt.wrong, doubt.missing)
         yield (*_place(sample), dataset.label_text(sample), dataset.label_text(corrected), f"{doubt.own_score:.4f}", said)
+
+
+LABEL_DOUBTS: Mapping[str, LabelDoubts] = {"multiclass": _doubted_labels, "multilabel": _doubted_label_sets}
+"""What doubts the labels of each task, by the task's name; every task in `finetune.tasks` has one."""
 
 
 def label_changes(dataset: Dataset, wrong: Sequence[int], missing: Sequence[int]) -> str:

@@ -15,13 +15,16 @@ from hypothesis import strategies as st
 
 import finetune
 from finetune.data.loader import Batch
+from finetune.doctor.label_findings import LABEL_FINDINGS
 from finetune.errors import InvalidInput, TrainingError
 from finetune.evaluation.evaluate import evaluate
 from finetune.evaluation.paired import paired_gain
 from finetune.evaluation.predictions import Predictions
 from finetune.features.heads import HEAD_SOLVERS, head_solver
+from finetune.labelling.queries import QUERIES
 from finetune.spec import LOSSES, JobSpec
 from finetune.tasks import TASKS, Target, Task, task_named
+from finetune.training.label_doubts import LABEL_DOUBTS
 from finetune.training.objectives import OBJECTIVES, objective_of
 
 N_CLASSES = 4
@@ -54,11 +57,12 @@ def predictions(task: Task, logits: np.ndarray, targets: np.ndarray) -> Predicti
     return Predictions("val", task.name, classes, ids, np.zeros((len(ids), 32), np.uint8), targets, logits)
 
 
-def test_every_task_has_a_name_an_objective_a_solved_head_and_labels_in_this_suite() -> None:
+def test_every_task_has_a_name_and_is_registered_in_every_layer_that_differs_between_tasks() -> None:
     names = [task.name for task in TASKS]
     assert len(set(names)) == len(names) >= 1
     assert sorted(objective.task for objective in OBJECTIVES) == sorted(names) == sorted(TARGETS)
     assert sorted(HEAD_SOLVERS) == sorted(LOSSES) == sorted(names)
+    assert sorted(LABEL_DOUBTS) == sorted(LABEL_FINDINGS) == sorted(QUERIES) == sorted(names)
     assert all(task.losses == LOSSES[task.name] for task in TASKS)
     assert all(task_named(name).name == objective_of(name).task == name for name in names)
 
@@ -97,6 +101,34 @@ def test_targets_are_encoded_one_row_an_image_and_read_back_as_text(task: Task) 
     assert len(task.encode([], N_CLASSES)) == 0
 
 
+def test_encoded_targets_say_which_classes_an_image_has_and_by_which_it_is_drawn(task: Task) -> None:
+    _, encoded, targets = labelled(task)
+    indicators, strata = task.indicators(encoded), task.strata(encoded)
+    assert indicators.dtype == np.float64
+    assert strata.shape == (len(targets),)
+    for target, row, stratum in zip(targets, indicators, strata, strict=True):
+        labels = [target] if isinstance(target, int) else list(target)
+        assert np.flatnonzero(row).tolist() == labels
+        assert stratum in (labels or [N_CLASSES])
+
+
+def test_a_learning_curve_is_of_metrics_of_the_task(task: Task) -> None:
+    logits, encoded, _ = labelled(task)
+    rows = task.image_results(logits, encoded)
+    found, metrics = task.learning_curve(rows), {metric.key: metric for metric in task.metrics}
+    assert next(iter(found)) == task.headline.key
+    assert found == pytest.approx({key: metrics[key].compute(rows) for key in found})
+    assert [metrics[key].over_classes for key in list(found)[1:]] == [True] * (len(found) - 1)
+
+
+def test_labels_are_given_from_the_default_thresholds_where_a_task_has_thresholds(task: Task) -> None:
+    logits, _, _ = labelled(task)
+    default = task.default_thresholds(N_CLASSES)
+    assert default is None or len(default) == N_CLASSES
+    for probs in task.probabilities(logits):
+        assert list(task.predict_labels(probs, None)) == list(task.predict_labels(probs, default))
+
+
 def test_probabilities_are_probabilities_and_a_temperature_changes_no_order(task: Task) -> None:
     logits, _, _ = labelled(task)
     cold, hot = task.probabilities(logits), task.probabilities(logits, 3.0)
@@ -107,7 +139,9 @@ def test_probabilities_are_probabilities_and_a_temperature_changes_no_order(task
     for row in range(len(logits)):
         order = task.ranking(cold[row])
         assert sorted(order) == list(range(N_CLASSES))
-        assert (np.diff(cold[row][order]) <= 0).all()
+        decided = [] if task.default_thresholds(N_CLASSES) else list(task.predict_labels(cold[row], None))
+        assert list(order[: len(decided)]) == decided
+        assert (np.diff(cold[row][order[len(decided) :]]) <= 0).all()
         assert list(order) == list(task.ranking(hot[row]))
     assert np.abs(hot - 0.5).max() < np.abs(cold - 0.5).max()
     assert list(task.ranking(np.full(N_CLASSES, 0.5))) == list(range(N_CLASSES)), "ties go in class order"
@@ -322,6 +356,30 @@ def test_only_tasks_and_metrics_decide_which_class_an_answer_is() -> None:
     allowed = ("training/objectives/", "export/agreement.py", "export/dry_run.py")  # the last two compare answers, not labels
     assert [place for place in found if not place.startswith(allowed)] == []
     assert any(place.startswith("training/objectives/") for place in found), "the search finds something"
+
+
+def test_only_tasks_and_registrations_know_a_task_by_its_name() -> None:
+    """No module compares with the name of a task or takes one by its name: what differs is a member, or registered by name."""
+    root, names = Path(finetune.__file__).parent, {task.name for task in TASKS}
+    found, seen = [], 0
+    for folder in (root, root.parent / "service"):
+        for path in sorted(folder.rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                seen += isinstance(node, ast.Compare)
+                if _asked(node) & names:
+                    found.append(f"{path.relative_to(root.parent)}:{getattr(node, 'lineno', 0)}")
+    assert found == []
+    assert seen > 1000, "the search reads the modules"
+
+
+def _asked(node: ast.AST) -> set[object]:
+    """Return the constants that a node compares with, or takes a task by."""
+    parts: list[ast.AST] = []
+    if isinstance(node, ast.Compare | ast.MatchValue):
+        parts = list(ast.walk(node))
+    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "task_named":
+        parts = list(node.args)
+    return {part.value for part in parts if isinstance(part, ast.Constant)}
 
 
 def _is_argmax(node: ast.AST) -> bool:

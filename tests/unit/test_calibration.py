@@ -24,6 +24,7 @@ from finetune.evaluation.calibrate import (
     reliability_after,
 )
 from finetune.evaluation.predictions import Predictions, digests_as_rows
+from finetune.tasks import task_named
 
 CLASSES = ("ash", "beech", "cedar", "elm")
 
@@ -203,5 +204,5 @@ def test_a_card_escapes_names_and_says_what_is_not_known(registry: Registry) -> 
 )
 def test_a_model_of_several_labels_refuses_what_was_asked_by_its_own_name(asked: CertaintyOptions, field: str) -> None:
     with pytest.raises(InvalidInput, match=f"so {field} does not apply to it") as refused:
-        CertaintyEstimator(CLASSES, None, None, exclusive=False).resolved(asked)
+        CertaintyEstimator(CLASSES, None, None, unavailable=task_named("multilabel").why_no_prediction_sets).resolved(asked)
     assert [problem.where for problem in refused.value.problems] == [field]

@@ -120,13 +120,13 @@ def test_the_partners_of_mixup_are_those_that_are_blended_in() -> None:
 def test_weights_are_one_on_average_together_with_those_of_the_classes() -> None:
     weights = [1.0, 3.0, 0.5, 0.0, 2.0, 1e300]
     labels = np.array([0, 0, 0, 1, 1, 2])
-    found = image_weights(samples(weights, labels.tolist()), CLASSES, labels, Balance())
+    found = image_weights(samples(weights, labels.tolist()), CLASSES, Balance())
     assert found is not None
     assert found.mean() == pytest.approx(1.0)
     assert found[1] == pytest.approx(6 * found[2])
     balance = balance_of(labels, 3, "balanced", 0.0)
     assert balance.weights is not None
-    found = image_weights(samples([1.0, 3.0, 0.5, 0.0, 2.0, 1.0], labels.tolist()), CLASSES, labels, balance)
+    found = image_weights(samples([1.0, 3.0, 0.5, 0.0, 2.0, 1.0], labels.tolist()), CLASSES, balance)
     assert found is not None
     assert (found * balance.weights[labels]).mean() == pytest.approx(1.0)
 
@@ -135,7 +135,7 @@ def test_equal_weights_change_nothing() -> None:
     labels = [0, 1, 2]
     for weight in (1.0, 0.25):
         assert weight_facts(samples([weight] * 3, labels), CLASSES) is None
-        assert image_weights(samples([weight] * 3, labels), CLASSES, np.array(labels), Balance()) is None
+        assert image_weights(samples([weight] * 3, labels), CLASSES, Balance()) is None
     facts = weight_facts(samples([1.0, 1.0, 0.0, 4.0], [0, 1, 0, 2]), CLASSES)
     assert facts is not None
     assert (facts.least, facts.largest, facts.n_zero, facts.effective_n) == (0.0, 4.0, 1, pytest.approx(36 / 18))

@@ -16,9 +16,6 @@ from finetune.data.dataset import LocalFile, Sample
 from finetune.errors import InvalidInput
 from finetune.studies.labels.curve import Estimate, LearningCurve, nested, training_sizes
 from finetune.studies.labels.study import (
-    MEAN_AP,
-    PER_CLASS,
-    TOP1,
     LabelsStudy,
     Projection,
     Weighting,
@@ -30,6 +27,7 @@ from finetune.studies.labels.study import (
 )
 from finetune.tasks import task_named
 
+TOP1, PER_CLASS, MEAN_AP = "top1", "mean_per_class_accuracy", "map"
 SIZES = (100, 164, 270, 443, 728, 1200)
 
 
@@ -138,7 +136,9 @@ def study(*projections: tuple[float, float, float], fits: bool = True) -> Labels
         Projection(100 * number, 1200 + 300 * number, Estimate(*gain), Estimate(0.9, 0.88, 0.92))
         for number, gain in enumerate(projections, start=1)
     )
-    return LabelsStudy("photos", "0" * 64, "tiny", 1500, {"cat": 800, "dog": 700}, TOP1, {TOP1: curve, PER_CLASS: curve}, found)
+    return LabelsStudy(
+        "photos", "0" * 64, "tiny", 1500, {"cat": 800, "dog": 700}, "multiclass", TOP1, {TOP1: curve, PER_CLASS: curve}, found
+    )
 
 
 def test_the_sentence_says_what_is_certain_and_what_is_not() -> None:
@@ -196,7 +196,7 @@ def test_images_with_several_labels_have_a_curve_of_their_average_precision(tmp_
     curve = curves[MEAN_AP]
     assert 0.05 < curve.mean[-1] < curve.mean[0] < 0.7
     projection = Projection(100, 420, curve.gain(320, 420), curve.error(420), per_class=False)
-    found = LabelsStudy("photos", "0" * 64, "tiny", 400, {"a": 9}, MEAN_AP, curves, (projection,))
+    found = LabelsStudy("photos", "0" * 64, "tiny", 400, {"a": 9}, "multilabel", MEAN_AP, curves, (projection,))
     assert "100 more images" in found.sentence
     assert "a class" not in found.sentence
     assert found.to_dict()["projections"][0]["more_images"] == 100

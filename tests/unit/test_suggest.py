@@ -20,7 +20,8 @@ from finetune.data.index import index_dataset
 from finetune.errors import DataError, InvalidInput
 from finetune.labelling.choose import choose, label_margins, label_uncertainty, margins
 from finetune.labelling.page import write_suggestions
-from finetune.labelling.suggest import Suggestions, _reason, suggest
+from finetune.labelling.suggest import _reason, suggest
+from finetune.labelling.suggestion import Suggestions
 from finetune.storage.files import sha256_file
 
 
@@ -215,7 +216,7 @@ def test_suggestions_of_a_model_with_several_labels_hold_all_that_it_predicts(po
     write_tiny_bundle(tmp_path / "bundle", task="multilabel", calibration={"thresholds": thresholds})
     found = suggest(tmp_path / "bundle", [pool], 6)
     predictor = Predictor.load(tmp_path / "bundle")
-    assert not found.exclusive
+    assert found.task == "multilabel"
     assert [one.margin for one in found.chosen] == sorted(one.margin for one in found.chosen)
     limit = dict(zip(CLASSES, thresholds, strict=True))
     for one in found.chosen:
@@ -251,4 +252,4 @@ def test_pictures_of_one_colour_are_not_suggested(bundle: Path, tmp_path: Path) 
     ("stands_for", "said"), [(1, "unlike the others"), (2, "1 picture that was not"), (3, "2 pictures that were not")]
 )
 def test_a_reason_agrees_in_number(stands_for: int, said: str) -> None:
-    assert said in _reason(("a", "b"), (0.6, 0.4), stands_for, exclusive=True)
+    assert said in _reason(("a", "b"), (0.6, 0.4), stands_for, "")

@@ -191,6 +191,11 @@ class RunRecords:
         return self.task.mean_score
 
     @property
+    def scores_are_headline(self) -> bool:
+        """Whether the headline metric is the mean of `scores` over images, so that its limits and chance level hold for them."""
+        return self.headline is self.score
+
+    @property
     def first_sample(self) -> Predictions | None:
         """The predictions for the training sample before the first step."""
         return self.samples.get(0)

@@ -20,10 +20,8 @@ from finetune.data.dataset import Dataset, Sample, targets_of
 from finetune.errors import InvalidInput
 from finetune.features.heads import head_solver
 from finetune.features.rows import FeatureContext, Views, pooled_features
-from finetune.features.sigmoid_head import rarest_label
 from finetune.messages import natural_list, plural
 from finetune.metrics.imbalance import are_unequal
-from finetune.metrics.labels import label_results, mean_average_precision
 from finetune.progress import Progress, ProgressCallback, silent
 from finetune.report.labels_page import render_labels
 from finetune.runs.prepare import framing, read_and_build, split_for
@@ -32,7 +30,7 @@ from finetune.runs.shared import Shared
 from finetune.spec import JobSpec
 from finetune.storage.files import write_atomic
 from finetune.studies.labels.curve import Estimate, LearningCurve, nested, training_sizes
-from finetune.tasks import Task, task_named
+from finetune.tasks import Task, task_named, task_of
 from finetune.tasks.balance import ClassWeights
 
 HELD_OUT = 0.2
@@ -41,8 +39,7 @@ FARTHEST = 4.0  # largest number of training images that is predicted, relative 
 FOLDS = 3  # that choose the strength of the L2 penalty, once for each size
 CURVE_POINTS = 40  # of the drawn curve
 MATTERS = 0.005  # of the metric: the smallest gain that is worth more labels
-TOP1, PER_CLASS, MEAN_AP = "top1", "mean_per_class_accuracy", "map"
-METRIC_LABELS = {TOP1: "accuracy", PER_CLASS: "accuracy, mean over classes", MEAN_AP: "mean average precision"}
+_PLAIN_WORDS = {"top1": "accuracy", "mean_per_class_accuracy": "accuracy, mean over classes"}  # instead of the metric's label
 Benefit = Literal["helps", "hardly helps", "cannot tell"]
 
 
@@ -74,8 +71,9 @@ class LabelsStudy:
     """The result of a labels study.
 
     Args:
-        metric: that the verdict uses: accuracy, or the mean over classes if their sizes are very unequal; mean average precision
-            if images may have several labels.
+        task: the name of the task.
+        metric: that the verdict uses, the key of one of the task's `learning_curve`: the first, or if the classes are of very
+            unequal size the last, a mean over classes.
         curves: the learning curve of each metric.
         projections: of `metric`, for increasing numbers of images.
     """
@@ -85,6 +83,7 @@ class LabelsStudy:
     backbone: str
     n_images: int
     counts: Mapping[str, int]
+    task: str
     metric: str
     curves: Mapping[str, LearningCurve]
     projections: tuple[Projection, ...]
@@ -97,12 +96,17 @@ class LabelsStudy:
 
     @property
     def metric_label(self) -> str:
-        return METRIC_LABELS[self.metric]
+        return self.label_of(self.metric)
+
+    def label_of(self, metric: str) -> str:
+        """Return the name of a metric for display, given its key."""
+        labels = {one.key: one.label for one in task_named(self.task).metrics} | _PLAIN_WORDS
+        return labels[metric]
 
     @property
     def per_class(self) -> bool:
         """Whether additional images are counted per class; otherwise images may have several labels, and are counted in all."""
-        return self.metric != MEAN_AP
+        return task_named(self.task).needs_every_class
 
     @property
     def more_label(self) -> str:
@@ -208,7 +212,7 @@ def study_labels(
             f"{dataset.name}: {plural(len(dataset.samples), 'image')} of {plural(len(dataset.classes), what)} are too few for "
             f"a learning curve, which needs at least {10 * len(dataset.classes) + 1} images, two of each {what}. Add images"
         )
-    return _conclude(dataset, network.prefix.backbone, curves, tuple(sorted(set(more))))
+    return _conclude(dataset, task, network.prefix.backbone, curves, tuple(sorted(set(more))))
 
 
 @dataclass(frozen=True)
@@ -234,11 +238,11 @@ def measured(
 
     Args:
         features: (N, D), one row for each sample.
-        weighting: by default one label per image, and no weights.
+        weighting: by default the task that the labels ask for, and no weights.
     """
-    weighting = weighting or Weighting(task_named("multiclass"))
+    weighting = weighting or Weighting(task_of(targets_of(samples)))
     targets = weighting.task.encode(targets_of(samples), n_classes)
-    strata = targets if weighting.task.exclusive else rarest_label(targets)  # (N,)
+    strata = weighting.task.strata(targets)  # (N,)
     units = _units(samples, strata)
     heads = _Heads(features, targets, n_classes, weighting, seed)
     errors: dict[str, list[list[float]]] = {}
@@ -279,8 +283,8 @@ class _Heads:
     strength: dict[int, float] = field(default_factory=dict)
 
     def all_classes_in(self, rows: NDArray[np.int64]) -> bool:
-        """Return whether each class has one of these images; labels of images that may have several can be absent."""
-        return not self.weighting.task.exclusive or len(np.unique(self.targets[rows])) == self.n_classes
+        """Return whether each class has one of these images, if the task needs that."""
+        return not self.weighting.task.needs_every_class or len(np.unique(self.targets[rows])) == self.n_classes
 
     def errors(self, rows: NDArray[np.int64], held_out: NDArray[np.int64], place: int) -> dict[str, float]:
         """Return 1 minus each metric on `held_out` of a head that is solved on `rows`, for the size at position `place`."""
@@ -301,21 +305,15 @@ class _Heads:
         logits = head.logits(self.features[held_out])
         if balance.offsets is not None:
             logits = (logits - balance.offsets).astype(np.float32)
-        truth = self.targets[held_out]
-        if not task.exclusive:
-            return {MEAN_AP: 1 - mean_average_precision(label_results(logits, truth))}
-        right = np.asarray(task.image_results(logits, truth).score == 1)
-        return {
-            TOP1: 1 - float(right.mean()),
-            PER_CLASS: 1 - float(np.mean([right[truth == label].mean() for label in np.unique(truth)])),
-        }
+        figures = task.learning_curve(task.image_results(logits, self.targets[held_out]))
+        return {key: 1 - value for key, value in figures.items()}
 
 
 def _units(samples: Sequence[Sample], labels: NDArray[np.int64]) -> list[list[NDArray[np.int64]]]:
     """Return for each class the positions of images that are held out together: a group, or files with the same bytes.
 
     Args:
-        labels: (N,) the class of each image; if it may have several, the rarest.
+        labels: (N,) the class by which each image is drawn (`Task.strata`).
     """
     found: dict[str, list[int]] = defaultdict(list)
     for position, sample in enumerate(samples):
@@ -339,15 +337,17 @@ def _hold_out(
     return np.concatenate(train), np.concatenate(held_out) if held_out else np.empty(0, np.int64)
 
 
-def _conclude(dataset: Dataset, backbone: str, curves: Mapping[str, LearningCurve], more: tuple[int, ...]) -> LabelsStudy:
+def _conclude(
+    dataset: Dataset, task: Task, backbone: str, curves: Mapping[str, LearningCurve], more: tuple[int, ...]
+) -> LabelsStudy:
     """Choose the metric, predict the gains, and return the study.
 
     Raises:
         InvalidInput: all requested numbers of images are beyond `FARTHEST`.
     """
     counts = {name: sum(of[name] for of in dataset.counts().values()) for name in dataset.classes}
-    metric = MEAN_AP if MEAN_AP in curves else PER_CLASS if are_unequal(counts.values()) else TOP1
-    per_class = metric != MEAN_AP
+    metric = list(curves)[-1 if are_unequal(counts.values()) else 0]
+    per_class = task.needs_every_class
     curve, times = curves[metric], len(dataset.classes) if per_class else 1
     start = curve.sizes[-1]
     asked = more or tuple(sorted({_rounded(share * start / times) for share in (0.25, 0.5, 1.0)}))
@@ -367,7 +367,7 @@ def _conclude(dataset: Dataset, backbone: str, curves: Mapping[str, LearningCurv
         projections.append(Projection(one, end, curve.gain(start, end), value, per_class))
     revision = dataset.revision or dataset.digest
     return LabelsStudy(
-        dataset.name, revision, backbone, len(dataset.samples), counts, metric, curves, tuple(projections), too_far
+        dataset.name, revision, backbone, len(dataset.samples), counts, task.name, metric, curves, tuple(projections), too_far
     )
 
 
@@ -385,7 +385,7 @@ def write_page(path: Path, found: LabelsStudy, command: str) -> LabelsStudy:
         command: that the page shows for repeating the study.
     """
     found = replace(found, page=path)
-    labels = [METRIC_LABELS[name] for name in found.curves]
+    labels = [found.label_of(name) for name in found.curves]
     html = render_labels(
         found.to_dict(), _predicted_curve(found), found.metric_label, rows_of(found), command, found.more_label, labels
     )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from finetune.evaluation.diagnose.checks.underfitting import still_falling
 from finetune.evaluation.diagnose.finding import CheckOutcome, Clear, Evidence, Finding, NotChecked, confidence
@@ -31,22 +33,25 @@ class CollapsedClasses:
         held_out = records.most_independent
         if held_out is None:
             return NotChecked(self.code, self.title, "needs predictions on val or test")
-        if not records.task.exclusive:
-            return self._check_labels(records, *held_out)
+        split, table = held_out
+        rows = table.image_results()
+        confusion = records.task.confusion(rows)
+        if confusion is None:
+            return self._check_labels(records, split, table, records.task.class_counts(rows))
+        return self._check_classes(records, split, table, np.array(confusion))
+
+    def _check_classes(self, records: RunRecords, split: str, table: Predictions, confusion: NDArray[np.int64]) -> CheckOutcome:
+        """Look for classes that are predicted much more rarely than images have them, given the confusion matrix (C, C)."""
         harm = harm_of(records)
         if harm is not None and harm.kind != "worse":
             return NotChecked(self.code, self.title, "the network has learnt next to nothing, so it cannot have lost a class")
-        split, table = held_out
-        n_classes = len(table.classes)
-        predicted = np.array([records.task.ranking(row)[0] for row in table.logits])
-        true, n_predicted = np.bincount(table.labels, minlength=n_classes), np.bincount(predicted, minlength=n_classes)
-        right = np.bincount(table.labels[predicted == table.labels], minlength=n_classes)
+        true, n_predicted, right = confusion.sum(axis=1), confusion.sum(axis=0), np.diagonal(confusion)
         rare = (true >= FEWEST_IMAGES) & (n_predicted <= RARE * true)
         others = ~rare & (true > 0)
         recall = float(right[others].sum() / max(true[others].sum(), 1))
         lost = [index for index in np.flatnonzero(rare) if int(true[index]) * math.log1p(-min(recall, 0.99)) < UNLIKELY]
         figure = f"{int((n_predicted > 0).sum())} of {int((true > 0).sum())} classes are predicted"
-        if not lost or (recall < LEAST_RECALL and len(lost) < n_classes - 1):
+        if not lost or (recall < LEAST_RECALL and len(lost) < len(true) - 1):
             few = [] if lost else [table.classes[index] for index in np.flatnonzero((true > 0) & (n_predicted == 0))]
             if few:
                 figure += f"; there are too few images of {natural_list(few)} to tell"
@@ -59,7 +64,7 @@ class CollapsedClasses:
             self.title,
             "problem",
             confidence(2.0 * float(true[lost].sum()) * math.log1p(-min(recall, 0.99)) / UNLIKELY / max(len(lost), 1)),
-            f"it hardly ever predicts {names}, although {int(true[lost].sum())} of {len(predicted)} {split} images show "
+            f"it hardly ever predicts {names}, although {int(true[lost].sum())} of {len(table)} {split} images show "
             f"{'it' if len(lost) == 1 else 'them'}",
             (
                 *(
@@ -80,10 +85,15 @@ class CollapsedClasses:
             "per-class recall and its mean: Brodersen et al. 2010, The balanced accuracy and its posterior distribution",
         )
 
-    def _check_labels(self, records: RunRecords, split: str, table: Predictions) -> CheckOutcome:
-        """Look for labels that no image is given, although images have them, where an image may have any number of labels."""
-        thresholds = 0.0 if table.thresholds is None else table.thresholds
-        given, true = (table.logits >= thresholds).sum(axis=0), np.asarray(table.labels).sum(axis=0)
+    def _check_labels(
+        self, records: RunRecords, split: str, table: Predictions, counts: Sequence[tuple[int, int, int]]
+    ) -> CheckOutcome:
+        """Look for labels that no image is given, although images have them, where an image may have any number of labels.
+
+        Args:
+            counts: as `Task.class_counts` returns them.
+        """
+        true, given, _ = np.array(counts).T
         figure = f"{int(((given > 0) & (true > 0)).sum())} of {int((true > 0).sum())} labels are given"
         lost = [int(index) for index in np.flatnonzero((given == 0) & (true >= FEWEST_IMAGES))]
         if not lost:

@@ -25,7 +25,7 @@ class ShuffledLabels:
 
     def check(self, records: RunRecords) -> CheckOutcome:
         held_out = records.most_independent
-        if held_out is None or not records.task.exclusive:
+        if held_out is None or not records.scores_are_headline:
             return NotChecked(self.code, self.title, "needs predictions on val or test, with one label per image")
         split, table = held_out
         scores = records.scores(table)

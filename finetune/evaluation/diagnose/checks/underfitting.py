@@ -27,7 +27,7 @@ class Underfitting:
         sample, held_out = records.last_sample, held_out_score(records)
         if sample is None or held_out is None:
             return NotChecked(self.code, self.title, "needs predictions on a sample of training images and on val or test")
-        if not records.task.exclusive:
+        if not records.scores_are_headline:
             return NotChecked(self.code, self.title, "its limits are for images that have exactly one label")
         here, (split, there) = mean_of(records.scores(sample)), held_out
         train_error, gap = 1 - here.value, here.value - there.value
