@@ -56,7 +56,7 @@ class ListedMember:
 
 
 def unpack_archive(archive_path: Path, target: Path, *, limits: ArchiveLimits = DEFAULT_LIMITS) -> Unpacked:
-    """Write every regular file of the archive `archive_path` into the folder `target`, which must not exist yet.
+    """Write every regular file of the archive at `archive_path` into the folder `target`, which must not exist yet.
 
     `target` is created only after everything has been written.
 

@@ -119,11 +119,8 @@ class ViewProcesses:
     def _start(self) -> None:
         if self._running:
             return
-        command = [
-            sys.executable,
-            "-c",
-            f"from {__name__} import main; main()",
-        ]  # with `-m`, this module would be `__main__`, and pickled classes would not be found
+        # With `-m`, this module would be `__main__`, and pickled classes would not be found.
+        command = [sys.executable, "-c", f"from {__name__} import main; main()"]
         for _ in range(self.processes):
             self._running.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
         for process in self._running:
