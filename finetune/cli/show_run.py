@@ -180,7 +180,7 @@ def _show_folds(found: Mapping[str, Any], *, copies: bool) -> None:
     low, high = (headline.text(bound) for bound in over[headline.key]["interval"])
     console.print(
         f"Expect {headline.label} {headline.text(over[headline.key]['mean'])} of this model, 95 % interval {low} to {high} "
-        "(Student's t over the folds): it was made as they were, on all images."
+        "(Student's t over the folds): it was trained like their models, on all images."
         f"{' Near duplicates of training images are left out of it.' * copies}\n",
         markup=False,
     )
