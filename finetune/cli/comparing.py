@@ -157,7 +157,7 @@ def _in_the_queue(
         sys.exit(EXIT_CODES[job.state])
     found = client.result(job.id)
     report = f"{server.rstrip('/')}{found['report']}" if server is not None else shortened(Path(found["report"]))
-    print_json(found) if as_json else show_comparison(found, report)
+    print_json(found) if as_json else show_comparison(found, report, server)
 
 
 def _request(what: tuple[Path, ...], given: dict[str, Any]) -> tuple[Path | None, dict[str, Any], tuple[str, ...]]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 import textwrap
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
@@ -19,18 +22,22 @@ if TYPE_CHECKING:
     from finetune.demo import DemoResult
 
 
-def show_comparison(found: Mapping[str, Any], report: str) -> None:
+def show_comparison(found: Mapping[str, Any], report: str, server: str | None = None) -> None:
     """Print a comparison for `finetune compare`: arms, differences, verdict, and where the page is.
 
     Args:
         found: the content of ``comparison.json``, which is also a server's document.
         report: path or URL of the page.
+        server: URL of the server that has the model; None: it is in the workspace.
     """
     _show_arms(found)
     _show_verdict(found)
     lines = [f"report    {report}"]
     if found["registered"]:
-        lines += [f"model     {found['registered']}", f"serve     finetune serve --model {found['registered']}"]
+        reference = found["registered"]
+        there = f"predict   finetune predict FOLDER --server {server} --model {reference}"
+        here = f"serve     finetune serve --model {reference}"
+        lines += [f"model     {reference}", here if server is None else there]
     for line in lines:
         console.print(line, markup=False, soft_wrap=True)
 
@@ -107,13 +114,14 @@ def show_demo(result: DemoResult) -> None:
     for row in result.answer["predictions"]:
         console.print(f"  {row['probability']:7.2%}  {row['label']}", markup=False)
     _show_verdict(found)
+    command = "finetune" if shutil.which("finetune") else shortened(Path(sys.executable).parent / "finetune")
     console.print(
         textwrap.dedent(f"""
         This took {duration(result.seconds)}. Where to look next:
           report    {shortened(result.comparison.report)}
-          runs      make mlflow      (then open http://127.0.0.1:5000)
-          serve     make serve       (then open http://127.0.0.1:3000)
-          your own  finetune compare FOLDER_OF_CLASS_FOLDERS
+          runs      {command} mlflow    (then open http://127.0.0.1:5000)
+          serve     {command} serve     (then open http://127.0.0.1:3000)
+          your own  {command} compare FOLDER_OF_CLASS_FOLDERS
         """),
         markup=False,
     )

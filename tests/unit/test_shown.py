@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import socket
+import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,7 @@ from PIL import Image
 from tiny_bundle import write_tiny_bundle
 
 import finetune
-from finetune.cli import _resumes, cli
+from finetune.cli import _resumes, cli, show_comparison
 from finetune.cli.show_run import show_cost, show_findings
 from finetune.errors import DamagedFile, DataChangedError, DataError, InvalidInput, NotFound, SpecError
 from finetune.evaluation.diagnose import write_diagnosis
@@ -258,3 +260,35 @@ def test_warnings_of_pillow_are_not_shown_on_the_command_line(monkeypatch: pytes
         warnings.simplefilter("always")
         finetune.cli.main()
     assert [str(one.message) for one in shown] == ["something else"]
+
+
+@pytest.fixture
+def only_what_to_do_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    for part in ("_show_arms", "_show_verdict"):
+        monkeypatch.setattr(show_comparison, part, lambda found: None)
+
+
+@pytest.mark.usefixtures("only_what_to_do_next")
+def test_a_model_on_a_server_is_asked_there(capsys: pytest.CaptureFixture[str]) -> None:
+    found = {"registered": "flowers@2"}
+    show_comparison.show_comparison(found, "report.html")
+    assert "serve finetune serve --model flowers@2" in shown(capsys)
+    show_comparison.show_comparison(found, "http://gpu:3000/report", "http://gpu:3000")
+    said = shown(capsys)
+    assert "predict finetune predict FOLDER --server http://gpu:3000 --model flowers@2" in said
+    assert "finetune serve" not in said
+
+
+@pytest.mark.usefixtures("only_what_to_do_next")
+def test_the_demo_proposes_commands_that_can_be_typed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`make demo` is run without an activated environment, and an installed package has no Makefile."""
+    comparison = SimpleNamespace(to_dict=lambda: {"registered": "digits@1"}, report=Path("report.html"))
+    result: Any = SimpleNamespace(comparison=comparison, asked=Path("3.png"), truth="3", answer={"predictions": []}, seconds=90.0)
+    for found, command in (("/usr/bin/finetune", "finetune"), (None, str(Path(sys.executable).parent / "finetune"))):
+        monkeypatch.setattr("shutil.which", lambda _, found=found: found)
+        show_comparison.show_demo(result)
+        said = shown(capsys)
+        assert all(f"{command} {name}" in said for name in ("mlflow", "serve", "compare"))
+        assert "make" not in said
