@@ -34,6 +34,7 @@ _WORD = r"(?:'[^']*'|[^\s'(),;]*[^\s'(),;.:])"
 _SETTING = re.compile(rf"--set (?P<value>'[^']*'|{_WORD}=?{_WORD}?)")
 _OPTION = re.compile(rf"(?P<name>{'|'.join(_FIELDS)})(?: (?P<value>{_WORD}))(?=[\s,;.:)]|$)")
 _COMMAND = re.compile(rf"finetune (?P<verb>train|check|compare) (?P<rest>(?!-){_WORD}(?: --[a-z]+ {_WORD})*)")
+_CODE = re.compile(r"(`[^`]*`)")  # a command in backquotes is typed as it is there
 _PREDICT = re.compile(rf"finetune predict (?P<picture>{_WORD}) --model (?P<model>{_WORD})")
 
 
@@ -55,9 +56,13 @@ def for_python(text: str) -> str:
 
 
 def for_http(text: str) -> str:
-    """Return a message with its advice as fields of a request's body. Commands stay, except the fields of their options."""
+    """Return a message with its advice as fields of a request's body. Text in backquotes stays, and so do other commands."""
     if _PREDICT.search(text):  # a picture is sent to the address of a model
         return text
+    return "".join(part if part.startswith("`") else _plain_text_for_http(part) for part in _CODE.split(text))
+
+
+def _plain_text_for_http(text: str) -> str:
     text = _COMMAND.sub(lambda found: _or_same(found, _body_of_command), text)
     text = _SETTING.sub(lambda found: _or_same(found, _http_setting), text)
     return _OPTION.sub(lambda found: _body({_FIELDS[found["name"]]: _value(_unquoted(found["value"]))}), text)

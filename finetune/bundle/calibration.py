@@ -274,8 +274,8 @@ class CertaintyEstimator:
         if self.calibration is None:
             raise InvalidInput(
                 "This model cannot say how far to rely on its answers: its bundle was made without calibration on held-out "
-                "images. It takes at least 20 of them, or an earlier version of finetune made the bundle. Train it again with "
-                f"more images, or ask without {what}",
+                "images. Calibration needs at least 20 of them; bundles of early versions of finetune have none. Train the model "
+                f"again with more images, or ask without {what}",
                 [Problem(what, "needs a bundle with calibration on held-out images")],
             )
         return self.calibration

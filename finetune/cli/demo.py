@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import click
@@ -26,6 +27,7 @@ def demo(data: Path | None, as_json: bool) -> None:
     from finetune.progress_bars import progress_bars
     from finetune.storage.workspace import Workspace
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop the demo's server, too
     with progress_bars(shown=not as_json) as progress:
         result = run_demo(data, Workspace.from_environment(), progress)
     print_json(result.to_dict()) if as_json else show_demo(result)

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
+from finetune.bundle.registry import Registry
 from finetune.cli.show_evaluation import EVALUATED_ON, show_figures, show_headline
 from finetune.cli.show_plan import show_notes
 from finetune.cli.terminal import shortened, table
+from finetune.errors import NotFound
 from finetune.evaluation.diagnose import read_diagnosis
 from finetune.evaluation.evaluate import MOST_INDEPENDENT_FIRST, UNSEEN, Evaluation, read_evaluation
 from finetune.evaluation.folds import FoldScore
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 SHOWN_WORST = 5
 
 
-def show_outcome(outcome: Outcome, run: RunDir) -> None:
+def show_outcome(outcome: Outcome, run: RunDir, registry: Registry) -> None:
     """Print the outcome for `finetune train`: metrics, most independent split first, costs, and what to do next."""
     evaluation = read_evaluation(run.evaluation)
     splits = [split for split in MOST_INDEPENDENT_FIRST if split in evaluation.evaluations]
@@ -62,11 +64,22 @@ def show_outcome(outcome: Outcome, run: RunDir) -> None:
             *lines,
             f"predict   finetune predict some.jpg --model {reference}",
             f"serve     finetune serve --model {reference}",
-            f"promote   finetune models promote {outcome.model} {outcome.version} --default",
+            f"default   {reference} answers requests without a model name"
+            if _is_default(outcome, registry)
+            else f"promote   finetune models promote {outcome.model} {outcome.version} --default",
             "runs      finetune mlflow",
         ]
     for line in lines:
         console.print(line, markup=False, soft_wrap=True)
+
+
+def _is_default(outcome: Outcome, registry: Registry) -> bool:
+    """Return whether the model of a run is the default already, so that it need not be promoted."""
+    try:
+        default = registry.default()
+    except NotFound:
+        return False
+    return (default.name, default.version) == (outcome.model, outcome.version)
 
 
 def show_findings(run: RunDir) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 from typing import Any
 
 import click
@@ -53,6 +54,7 @@ def open_(run: str | None, host: str, port: int, no_browser: bool) -> None:
     from finetune.storage.workspace import Workspace
     from finetune.tracking.mlflow.pages import show_pages
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop MLflow's server, too
     workspace = Workspace.from_environment()
     run_id = None if run is None else _tracked(run, workspace)
     show_pages(

@@ -250,6 +250,7 @@ def train(spec: JobSpec, run_dir: Path | None, as_json: bool, **given: Any) -> N
     watch_lease_from_environment()
     note_settings_without_effect(spec)
     with objects_exempt():
+        from finetune.bundle.registry import Registry
         from finetune.cli.show_run import show_outcome
         from finetune.cli.terminal import print_json
         from finetune.progress_bars import progress_bars
@@ -261,7 +262,7 @@ def train(spec: JobSpec, run_dir: Path | None, as_json: bool, **given: Any) -> N
     workspace, slots, trackers = Workspace.from_environment(), pop_slots(given), pop_trackers(given)
     with trackers.follow(workspace, spec) as begun, progress_bars(shown=not as_json) as progress:
         outcome = fine_tune(spec, Shared.of(workspace, slots), progress, run_dir, begun)
-    print_json(outcome.to_dict()) if as_json else show_outcome(outcome, RunDir(outcome.run))
+    print_json(outcome.to_dict()) if as_json else show_outcome(outcome, RunDir(outcome.run), Registry(workspace.models))
 
 
 @click.command()

@@ -169,9 +169,9 @@ def _of_labels(reference: Any, live: Any) -> list[tuple[str, str, float, float, 
 def _sentence(state: DriftState, reference: Reference | None, window: Window, tests: tuple[DriftTest, ...]) -> str:
     if reference is None or state == "no_reference":
         return (
-            f"Nothing to compare with: the bundle has no reference. It takes at least {MIN_IMAGES} test or val images, or an "
-            "earlier version of finetune made the bundle. Train the model again with more images, or accept the live answers of "
-            "now as the reference"
+            f"Nothing to compare with: the bundle has no reference. A reference needs at least {MIN_IMAGES} test or "
+            "val images; bundles of early versions of finetune have none. Train the model again with more images, or accept the "
+            "present live answers as the reference"
         )
     if state == "collecting":
         return f"Not enough yet: {len(window)} of {MIN_WINDOW} images"

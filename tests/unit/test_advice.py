@@ -52,6 +52,11 @@ def test_advice_is_worded_for_its_door(text: str, python: str, http: str) -> Non
     assert for_http(text) == http
 
 
+def test_a_command_in_backquotes_stays_as_it_is_over_http() -> None:
+    text = "Make one with `finetune train --data FOLDER --name NAME`; at most --folds 4"
+    assert for_http(text) == 'Make one with `finetune train --data FOLDER --name NAME`; at most {"data": {"folds": 4}}'
+
+
 def test_an_error_in_python_proposes_arguments(tmp_path: Path) -> None:
     root = write_classes(tmp_path / "data", {"cat": 3, "dog": 3})
     (root / "labels.csv").write_text("file,colour,size\ncat/0.png,a,b\ndog/0.png,b,c\n", encoding="utf-8")

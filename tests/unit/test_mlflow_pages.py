@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import threading
 from collections.abc import Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -207,3 +209,28 @@ def test_what_is_no_run_is_told_with_the_runs_that_there_are(mlflow_workspace: P
     assert isinstance(done.exception, NotFound)
     assert "no run 'a-rum'" in str(done.exception)
     assert "a-run" in str(done.exception)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "server"), [(["mlflow"], "finetune.tracking.mlflow.pages.show_pages"), (["demo"], "finetune.demo.run_demo")]
+)
+def test_sigterm_stops_a_command_with_a_server_as_ctrl_c_does(
+    arguments: list[str], server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted = []
+
+    def serve(*_: object, **__: object) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except KeyboardInterrupt:
+            interrupted.append(True)
+            raise
+
+    monkeypatch.setenv("FINETUNE_HOME", str(tmp_path))
+    monkeypatch.setattr(server, serve)
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        CliRunner().invoke(cli, arguments)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert interrupted == [True]

@@ -18,7 +18,7 @@ from run_folders import begin_run, end_run, registered_run, spec_of, train_steps
 from tiny_bundle import self_test_files
 
 from finetune.bundle.predictor import Predictor
-from finetune.storage.files import write_json
+from finetune.storage.files import read_json, write_json
 from finetune.storage.rundir import RunDir
 from finetune.storage.workspace import Workspace
 from finetune.tracking.mirror import Mirror, read_state, tracked_as
@@ -330,6 +330,26 @@ def test_the_bundle_is_a_model_of_the_run_with_its_figures_on_its_data(workspace
     figures = {(metric.key, metric.dataset_name): metric.value for metric in model.metrics}
     assert figures["test/top1", "flowers test"] == 0.875
     assert json.loads(model.tags["mlflow.modelVersions"]) == [{"name": "flowers", "version": "1"}]
+
+
+def test_costs_that_change_after_the_run_has_ended_replace_those_that_mlflow_has(
+    workspace: Workspace, client: mlflow.MlflowClient
+) -> None:
+    """A comparison exports and registers the run that it chooses after that run has ended, which costs more time."""
+    run = run_at(workspace)
+    registered_run(run, workspace)
+    assert mirror(run, workspace) == ""
+    outcome = read_json(run.outcome)
+    for seconds in (outcome["cost"]["wall_seconds"] + 7, outcome["cost"]["wall_seconds"] - 1):
+        write_json(run.outcome, {**outcome, "cost": {**outcome["cost"], "wall_seconds": seconds}})
+        assert mirror(run, workspace) == ""
+        found = stored(client, run)
+        (output,) = found.outputs.model_outputs
+        newest = max(
+            (metric for metric in client.get_logged_model(output.model_id).metrics if metric.key == "wall_seconds"),
+            key=lambda metric: metric.timestamp,
+        )
+        assert (found.data.metrics["wall_seconds"], newest.value) == (seconds, seconds)
 
 
 def test_what_is_downloaded_of_a_version_is_a_bundle_that_answers(

@@ -124,8 +124,9 @@ class MlflowTracker:
     def figures(self, run_id: str, run: RunView, model_id: str | None) -> None:
         from mlflow.entities import Metric
 
-        at = _ms(run.ended_at or time.time())
+        at, now = _ms(run.ended_at or time.time()), _ms(time.time())
         known = self._known[run_id]
+        logged = self._logged_figures(run_id, model_id)
         if known.parent is None:
             self._view(known.experiment_id, EXPERIMENT_VIEW, experiment_view(run.headline))
         if run.study is not None:
@@ -137,8 +138,20 @@ class MlflowTracker:
             split = dataset_of.get(key.partition("/")[0]) if "/" in key else None
             # A metric with model and dataset is also shown on the model's page, beside that dataset.
             source = {"dataset_name": split.name, "dataset_digest": _digest(split)} if split and model_id else {}
-            metrics.append(Metric(key_text(key), _rounded(value), at, 0, model_id=model_id, **source))
+            key, value = key_text(key), _rounded(value)
+            if logged.get(key) == value:
+                continue
+            # Exporting and registering the chosen run of a comparison changes its costs after its end. MLflow shows the newest
+            # value, and allows one value for each model, key and time.
+            metrics.append(Metric(key, value, now if key in logged else at, 0, model_id=model_id, **source))
         self._metrics(run_id, metrics)
+
+    def _logged_figures(self, run_id: str, model_id: str | None) -> dict[str, float]:
+        """Return the newest value of each metric of a run that MLflow has, on the model's page if there is a model."""
+        if model_id is None:
+            return dict(self._client.get_run(run_id).data.metrics)
+        metrics = [metric for metric in self._client.get_logged_model(model_id).metrics or () if metric.run_id == run_id]
+        return {metric.key: metric.value for metric in sorted(metrics, key=lambda metric: metric.timestamp)}
 
     def file(self, run_id: str, file: Path, name: str) -> None:
         folder = os.path.dirname(name)

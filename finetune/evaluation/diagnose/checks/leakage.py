@@ -31,9 +31,7 @@ class Leakage:
                 self.code, self.title, "needs the frozen features of training images, which this method does not compute"
             )
         if records.n_train < FEWEST_TRAINING_IMAGES:
-            return NotChecked(
-                self.code, self.title, f"fewer than {FEWEST_TRAINING_IMAGES} training images have no fifth nearest to speak of"
-            )
+            return NotChecked(self.code, self.title, f"needs at least {FEWEST_TRAINING_IMAGES} training images to compare with")
         twins = {
             split: [one for one in found if one.ratio < TWIN or (split, one.id) in records.copies]
             for split, found in known.items()

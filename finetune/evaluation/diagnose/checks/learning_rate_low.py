@@ -22,7 +22,7 @@ class LearningRateLow:
         distances = moved(records)
         first, last = records.first_sample, records.last_sample
         if not distances or first is None or last is None or max(records.samples) == 0:
-            return NotChecked(self.code, self.title, "no steps were measured")
+            return NotChecked(self.code, self.title, "no step after the first was measured")
         furthest = max(distances, key=lambda stage: distances[stage])
         before = records.losses(first)
         change = paired(first, last, before, records.losses(last))

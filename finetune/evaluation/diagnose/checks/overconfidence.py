@@ -24,7 +24,7 @@ class Overconfidence:
         scores = [value for _, value in records.curve(f"val/{records.headline.key}")]
         table = records.held_out.get("val")
         if len(losses) <= EVALUATIONS or len(losses) != len(scores) or table is None:
-            return NotChecked(self.code, self.title, "needs several evaluations on val")
+            return NotChecked(self.code, self.title, f"needs at least {EVALUATIONS + 1} evaluations on val")
         lowest = min(range(len(losses)), key=lambda index: losses[index])
         rise, error = losses[-1] - losses[lowest], mean_of(records.losses(table)).error
         better = scores[-1] >= scores[lowest]
