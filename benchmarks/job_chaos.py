@@ -101,7 +101,7 @@ def train_alone(spec: JobSpec, run: RunDir, home: Path) -> float:
 def work(home: Path) -> None:
     """A worker as `finetune worker` is, but with short leases."""
     store = JobStore(open_database(home / "jobs.db"), lease_seconds=LEASE_SECONDS)
-    Worker(store, LocalExecutor(), home, WorkerSettings(threads=1, beat_seconds=BEAT_SECONDS, retry_base_seconds=0.5)).run()
+    Worker(store, LocalExecutor(), home, WorkerSettings(threads=1, heartbeat_seconds=BEAT_SECONDS, retry_base_seconds=0.5)).run()
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Word advice for the interface that a user works with: the command line, Python or HTTP.
+"""Phrase advice for the interface that a user works with: the command line, Python or HTTP.
 
 A message gives its advice once, as it is written on the command line (``--set data.label_column=species``,
 ``finetune train photos --folds 5``). The command line shows it unchanged; `for_python` and `for_http` replace it by what has the
@@ -44,7 +44,7 @@ def for_python(text: str) -> str:
         lambda found: f"finetune.load({_unquoted(found['model'])!r}).predict({_unquoted(found['picture'])!r})", text
     )
     text = _COMMAND.sub(_call, text)
-    text = _SETTING.sub(lambda found: _or_same(found, _python_setting), text)
+    text = _SETTING.sub(lambda found: _replaced(found, _python_setting), text)
     return _OPTION.sub(
         lambda found: (
             _keyword(found["name"], _value(_unquoted(found["value"])))
@@ -63,14 +63,14 @@ def for_http(text: str) -> str:
 
 
 def _plain_text_for_http(text: str) -> str:
-    text = _COMMAND.sub(lambda found: _or_same(found, _body_of_command), text)
-    text = _SETTING.sub(lambda found: _or_same(found, _http_setting), text)
+    text = _COMMAND.sub(lambda found: _replaced(found, _body_of_command), text)
+    text = _SETTING.sub(lambda found: _replaced(found, _http_setting), text)
     return _OPTION.sub(lambda found: _body({_FIELDS[found["name"]]: _value(_unquoted(found["value"]))}), text)
 
 
 @contextmanager
 def worded_for(words: Callable[[str], str]) -> Iterator[None]:
-    """Reword the advice of an error that the block raises; the error and its class stay the same."""
+    """Rephrase the advice of an error that the block raises; the error and its class stay the same."""
     try:
         yield
     except FinetuneError as error:
@@ -80,8 +80,8 @@ def worded_for(words: Callable[[str], str]) -> Iterator[None]:
         raise
 
 
-def _or_same(found: re.Match[str], words: Callable[[re.Match[str]], str | None]) -> str:
-    """Return the other wording; the text itself where it is not what it looks like."""
+def _replaced(found: re.Match[str], words: Callable[[re.Match[str]], str | None]) -> str:
+    """Return the replacement by `words`; the matched text itself if it only looks like advice, so that there is none."""
     try:
         return words(found) or found[0]
     except (ValueError, yaml.YAMLError):

@@ -297,7 +297,7 @@ class Client:
             if not answer.is_success:
                 answer.read()
                 raise refusal(answer)
-            with tarfile.open(fileobj=_Pieces(answer.iter_bytes()), mode="r|") as archive:  # type: ignore[call-overload]
+            with tarfile.open(fileobj=_Chunks(answer.iter_bytes()), mode="r|") as archive:  # type: ignore[call-overload]
                 for member in archive:
                     contents = archive.extractfile(member) if member.isreg() else None
                     if contents is not None:
@@ -350,7 +350,7 @@ class Client:
             after = {"after": page["last_id"]}
 
 
-class _Pieces:
+class _Chunks:
     """The chunks of a download as a readable, non-seekable file."""
 
     def __init__(self, pieces: Iterator[bytes]) -> None:

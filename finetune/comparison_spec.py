@@ -284,6 +284,6 @@ def _between(arms: list[Arm]) -> list[Problem]:
         split = ("val_fraction", "test_fraction", "split_seed", "split_file", "folds", *_READING)
         if any(getattr(arm.spec.data, key) != getattr(arms[0].spec.data, key) for key in split):
             differing = [key for key in split if getattr(arm.spec.data, key) != getattr(arms[0].spec.data, key)]
-            said = f"reads or splits the data differently: {', '.join(differing)} must be the same in all arms"
-            problems.append(Problem(f"arm {arm.name!r}", said))
+            message = f"reads or splits the data differently: {', '.join(differing)} must be the same in all arms"
+            problems.append(Problem(f"arm {arm.name!r}", message))
     return problems

@@ -124,8 +124,8 @@ def _wait_until_ready(url: str, server: subprocess.Popen[bytes], seconds: float)
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if server.poll() is not None:
-            said = server.stderr.read().decode(errors="replace")[-2000:] if server.stderr else ""
-            raise ServerFailed(f"the server stopped with exit code {server.returncode} before it was ready:\n{said}")
+            output = server.stderr.read().decode(errors="replace")[-2000:] if server.stderr else ""
+            raise ServerFailed(f"the server stopped with exit code {server.returncode} before it was ready:\n{output}")
         try:
             if httpx.get(f"{url}/readyz", timeout=2).status_code == 200:
                 return

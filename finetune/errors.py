@@ -9,14 +9,14 @@
     │   │   ├── ImageTooLarge        image_too_large       2   413   more bytes or pixels than allowed
     │   │   └── UnsupportedImage     unsupported_image     2   415   not one of the image formats that are read
     │   ├── UnknownBackbone          unknown_backbone      2   422   no such timm architecture
-    │   └── WeightsError             weights_unavailable   2   422   pretrained weights that cannot be had or do not fit
+    │   └── WeightsError             weights_unavailable   2   422   pretrained weights that cannot be obtained or do not fit
     ├── NotFound                     not_found             2   404   a run, bundle, model, file or job that does not exist
     ├── Conflict                     conflict              1   409   an action that the present state does not allow
     ├── BundleError                  invalid_bundle        1   409   a bundle that fails its checksums or its self-test
     ├── ExportError                  export_failed         1   500   a model that ONNX cannot express or that differs there
-    ├── TrainingError                training_failed       1   500   training that cannot go on (diverged)
+    ├── TrainingError                training_failed       1   500   training that cannot continue (diverged)
     │   ├── OutOfMemory              out_of_memory         1   500   training that needs more memory than there is
-    │   └── NoBetterThanChance       no_better_than_chance 1   500   a model that is not registered, for it learnt nothing
+    │   └── NoBetterThanChance       no_better_than_chance 1   500   a model that is not registered, because it learnt nothing
     ├── CheckpointError              checkpoint_invalid    1   500   a checkpoint that does not belong to this run
     ├── StoreError                   store_unusable        1   503   a job database that is damaged, newer, or out of reach
     ├── ExecutorError                executor_unavailable  1   503   an executor (a Ray cluster) that does not respond or refuses

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Progress:
-    """The progress of one phase: `done` of `total` `unit`s.
+    """The progress of a run in one phase: `done` of `total` `unit`s.
 
-    Phases are runs (of a study), preparing, features, training, evaluating, exporting and registering.
+    The phases of a run, as over HTTP, are runs (of a study), preparing, features, training, evaluating, exporting and
+    registering. (`finetune.training.recipe.Phase` is a phase of training.)
     """
 
     phase: str

@@ -137,7 +137,7 @@ def _refuse_if_failed(what: str, checks: Sequence[Check], force: bool) -> None:
     if not failed or (force and all(check.name != "loads" for check in failed)):
         return
     problems = [Problem(check.name, check.detail) for check in failed]
-    way_out = "" if any(check.name == "loads" for check in failed) else ". To promote it all the same, force it"
+    way_out = "" if any(check.name == "loads" for check in failed) else ". To promote it nevertheless, force it"
     raise PromotionRefused(
         f"{what} is not promoted, because it failed: {', '.join(one.name for one in failed)}{way_out}", problems
     )
@@ -161,7 +161,7 @@ def _reaches(manifest: Manifest, metric: str, least: float) -> Check:
     if value is None:
         known = ", ".join(sorted(manifest.metrics)) or "none"
         return Check(metric, False, f"this version has no such metric; it has {known}")
-    return Check(metric, value >= least, f"is {value:.4f}, at least {least:g} is wanted")
+    return Check(metric, value >= least, f"is {value:.4f}, at least {least:g} is required")
 
 
 def _same_classes(manifest: Manifest, present: ModelVersion) -> Check:

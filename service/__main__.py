@@ -16,8 +16,8 @@ from service.settings import ServerSettings
 @click.command()
 @click.option("--host", default=DEFAULT_HOST, show_default=True)
 @click.option("--port", default=DEFAULT_PORT, show_default=True)
-@click.option("--model", help="What POST /predict answers with: a registered name, name@version, name@alias, or a bundle folder.")
-@click.option("--worker/--no-worker", default=True, show_default=True, help="Also run a worker, which carries out jobs.")
+@click.option("--model", help="The model of POST /predict: a registered name, name@version, name@alias, or a bundle folder.")
+@click.option("--worker/--no-worker", default=True, show_default=True, help="Also run a worker, which runs the jobs.")
 def main(host: str, port: int, model: str | None, worker: bool) -> None:
     """Serve predictions and fine-tuning jobs over HTTP: POST /predict, /v1/fine_tuning/jobs, and a page at /."""
     try:

@@ -1,7 +1,7 @@
-"""What people have looked at and found to be as it should be: cases of findings that are not shown to them again.
+"""The cases of findings that users have reviewed and accepted, and that are not reported to them again.
 
-Kept for each owner in the workspace. A case of certain images is known by their bytes, in any upload that holds them; a case
-without images (of a class, of the whole data) holds for the upload that it was found in.
+They are stored for each owner, in the workspace. A case of images is identified by their bytes, so it is accepted in every
+upload that contains them; a case without images (of a class, of the whole data) is accepted in the upload that it is about.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Acknowledgements:
         self._folder = folder
 
     def of(self, owner: str) -> frozenset[str]:
-        """Return what an owner has accepted, as `accepted_as` names it."""
+        """Return the names (`accepted_as`) of the cases that an owner has accepted."""
         try:
             return frozenset(self._file(owner).read_text(encoding="utf-8").split())
         except FileNotFoundError:
@@ -36,7 +36,7 @@ class Acknowledgements:
         """Accept cases and withdraw others.
 
         Raises:
-            Conflict: there would be more than one owner may have.
+            Conflict: the owner would have more than `MOST` accepted cases.
         """
         with _lock:
             found = (self.of(owner) - set(withdrawn)) | set(accepted)
@@ -50,12 +50,12 @@ class Acknowledgements:
 
 
 def accepted_as(file_id: str, case: Mapping[str, Any]) -> str:
-    """Return under which name a case is accepted."""
+    """Return the name under which the acceptance of a case is stored."""
     return str(case["key"]) if case["ids"] else f"{file_id}:{case['key']}"
 
 
 def without_accepted(finding: Mapping[str, Any], file_id: str, accepted: frozenset[str]) -> dict[str, Any]:
-    """Return a finding without its accepted cases, which are counted."""
+    """Return a finding without its accepted cases, and with their number."""
     cases: Sequence[Mapping[str, Any]] = finding["cases"]
     left = [case for case in cases if accepted_as(file_id, case) not in accepted]
     done = len(cases) - len(left)

@@ -16,7 +16,7 @@ T = TypeVar("T")
 MAX_WAIT_SECONDS = 1.0  # requests that would wait longer are refused at once
 MAX_BATCH_WAIT_SECONDS = 20.0  # the same of batches
 _FIRST_GUESS_SECONDS = 0.02
-_FORGETTING = 0.05  # weight of the newest measurement in the moving average
+_NEWEST_WEIGHT = 0.05  # weight of the newest measurement in the moving average
 
 
 class WorkQueue:
@@ -109,7 +109,7 @@ class WorkQueue:
             return work(*args)
         finally:
             seconds = (time.perf_counter() - began) / n_items
-            self.seconds_each += (1 - (1 - _FORGETTING) ** n_items) * (seconds - self.seconds_each)
+            self.seconds_each += (1 - (1 - _NEWEST_WEIGHT) ** n_items) * (seconds - self.seconds_each)
 
     def stop(self) -> None:
         """Cancel waiting work, without waiting for running work."""

@@ -248,7 +248,7 @@ def create_api(settings: ServerSettings, *, supervised: bool = False) -> FastAPI
 
 
 async def _return_memory() -> None:
-    """Return memory that replaced models and large requests have left, again and again."""
+    """Return the free memory that replaced models and large requests leave to the kernel, periodically."""
     while True:
         await asyncio.sleep(TRIM_SECONDS)
         await asyncio.to_thread(return_free_memory)
@@ -263,7 +263,7 @@ def _shown(state: ServerState, event: Event) -> dict[str, Any]:
 
 
 def _end_on_sigterm(*ends: Callable[[], None]) -> None:
-    """Call `ends` before the server stops. It waits for open responses, and event streams do not end by themselves."""
+    """Call `ends` before the server stops: the server waits for open responses, and event streams do not end by themselves."""
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         stop = signal.getsignal(number)  # the server's own handler

@@ -140,7 +140,7 @@ def _run_problem(job_id: str, find_run: FindRun, found: dict[str, tuple[Job, Run
     if job.state != "succeeded":
         return f"{job_id} is {job.state}; only jobs that have succeeded can be compared"
     if not run.predictions_of("test").exists():
-        return f"{job_id} was evaluated on no test images, and val has chosen its weights"
+        return f"{job_id} was evaluated on no test images, and its weights were chosen on val"
     first, _ = next(iter(found.values()))
     classes, reference = ((one.result or {}).get("classes") for one in (job, first))
     return "" if classes == reference else f"{job_id} has other classes than {first.id}"

@@ -19,8 +19,8 @@ log = logging.getLogger(__name__)
 class LimitedConnection(HttpToolsProtocol):
     """A connection on which request line and headers must be complete within `head_seconds` and `max_head_bytes`.
 
-    When there are too many, the one that has waited longest for a request is closed for a new one, so that connections on which
-    nothing is asked keep out nobody who asks.
+    If there are too many, a new connection closes the one that has waited longest for a request, so that idle connections
+    cannot block clients that send requests.
     """
 
     head_seconds: float = HEAD_SECONDS

@@ -29,7 +29,8 @@ IdempotencyKey = Annotated[
         min_length=1,
         max_length=255,
         pattern=r"^[!-~]+$",
-        description="Of your choosing: the same key and body, sent again within a day, give the object of the first time.",
+        description="A key that you choose: the same key and body, sent again within a day, return the object of the "
+        "first request.",
     ),
 ]
 REPLAYED = "Idempotent-Replayed"

@@ -34,23 +34,23 @@ Format = Literal["web", "timm", "safetensors", "onnx", "openvino"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 PAGE = "index.html"  # the file of `web` that is sent, alone: it holds the model
 UNAVAILABLE: Mapping[Format, str] = {
-    "web": "This server has no ONNX Runtime Web to put into the page. Its operator adds it: npm install onnxruntime-web in the "
+    "web": "This server has no ONNX Runtime Web for the page. The operator can add it: npm install onnxruntime-web in the "
     "folder in which the server is started, or FINETUNE_ONNXRUNTIME_WEB names the folder of the package",
-    "timm": "This server has no training libraries, which writing weights for timm needs",
-    "safetensors": "This server has no training libraries, which writing all weights into one file needs",
-    "openvino": "This server has no OpenVINO, which writing its format needs. Its operator adds it: pip install openvino",
+    "timm": "This server has no training libraries, which are needed to write weights for timm",
+    "safetensors": "This server has no training libraries, which are needed to write all weights into one file",
+    "openvino": "This server has no OpenVINO, which is needed to write its format. The operator can add it: pip install openvino",
 }
 
 
 @dataclass(frozen=True)
 class Exported:
-    """A written model: a file that exists no longer in any folder, its size, and what to call it."""
+    """A written model: an open file that is deleted from the disk already, its size, and its name for the client."""
 
     stream: BinaryIO
     size_bytes: int
     filename: str
 
-    def pieces(self) -> Iterator[bytes]:
+    def chunks(self) -> Iterator[bytes]:
         """Yield the contents, and close the file at the end."""
         with self.stream:
             while piece := self.stream.read(CHUNK_BYTES):
@@ -58,7 +58,7 @@ class Exported:
 
 
 class Exporter:
-    """Writes one model at a time. Nothing is kept: a download is deleted from the disk before it begins.
+    """Writes one model at a time. Nothing is stored: each file is deleted from the disk before its download begins.
 
     Args:
         folder: for what is being written.
@@ -124,7 +124,7 @@ class Exporter:
     def _written(self, owner: str, done: asyncio.Future[Exported]) -> None:
         self._waiting[owner] -= 1
         with contextlib.suppress(asyncio.CancelledError):
-            done.exception()  # a client that has left reads no error
+            done.exception()  # retrieved, so that asyncio does not report an error that no client waits for
 
     def _write(self, version: ModelVersion, name: Format) -> Exported:
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -140,7 +140,7 @@ class Exporter:
             if name == "web":
                 return _opened(out / PAGE, filename)
             archive = Path(work) / filename
-            with zipfile.ZipFile(archive, "w") as packed:  # weights do not get smaller
+            with zipfile.ZipFile(archive, "w") as packed:  # uncompressed: weights can hardly be compressed
                 for file in sorted(out.rglob("*")):
                     packed.write(file, f"{base}/{file.relative_to(out)}")
             return _opened(archive, archive.name)

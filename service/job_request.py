@@ -66,7 +66,7 @@ def read_body(raw: bytes) -> dict[str, Any]:
             are reported with their field paths.
     """
     try:
-        body = json.loads(raw, object_pairs_hook=_without_twins, parse_constant=_NotFinite, parse_float=_number)
+        body = json.loads(raw, object_pairs_hook=_without_duplicate_keys, parse_constant=_NotFinite, parse_float=_number)
         json.dumps(body, ensure_ascii=False).encode()
         if problems := _structure_problems(body):
             raise InvalidInput(summary(problems), problems)
@@ -382,9 +382,9 @@ def read_dataset(spec: JobSpec, resolved: JobSpec) -> Mapping[str, int]:
         shown = {getattr(resolved, name): getattr(spec, name) for name in FILE_FIELDS if getattr(resolved, name)}
         problems = [Problem(_shown(one.where, shown), _shown(one.message, shown)) for one in error.problems]
         left_out = len(problems) - MAX_SHOWN_PROBLEMS
-        told = [Problem("training_file", str(one)) for one in problems[:MAX_SHOWN_PROBLEMS]]
-        told += [Problem("training_file", f"and {left_out:,} problems more")] if left_out > 0 else []
-        raise DataError(_shown(error.message, shown), told) from None
+        shown_problems = [Problem("training_file", str(one)) for one in problems[:MAX_SHOWN_PROBLEMS]]
+        shown_problems += [Problem("training_file", f"and {left_out:,} problems more")] if left_out > 0 else []
+        raise DataError(_shown(error.message, shown), shown_problems) from None
 
 
 def _shown(text: str, names: Mapping[str, str]) -> str:
@@ -405,7 +405,7 @@ def summary(problems: Sequence[Problem]) -> str:
     return first if len(problems) == 1 else f"{len(problems)} problems, the first: {first}"
 
 
-def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _without_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         twice = next(key for number, (key, _) in enumerate(pairs) if key in dict(pairs[:number]))

@@ -39,7 +39,7 @@ class Metrics:
         self.requests = Counter("finetune_requests", "Answered requests", ["route", "method", "status"], registry=self.registry)
         self.seconds = Histogram(
             "finetune_request_seconds",
-            "Time from the request's head to its answer's end",
+            "Seconds from the headers of a request to the end of its response",
             ["route"],
             buckets=SECONDS,
             registry=self.registry,
@@ -47,24 +47,24 @@ class Metrics:
         self.in_flight = Gauge("finetune_requests_in_flight", "Requests being answered", registry=self.registry)
         self.predictions = Counter(
             "finetune_predictions",
-            "Images classified, by what the model was: the default, its canary, or named",
+            "Classified images, by role of the model: the default, its canary, or named in the request",
             ["model", "version", "role"],
             registry=self.registry,
         )
 
         self.stage_seconds = Histogram(
             "finetune_prediction_seconds",
-            "Where the time of a prediction goes, by model: decode, preprocess (resizing), run (ONNX Runtime)",
+            "Seconds of the stages of a prediction, by model: decode, preprocess (resizing), run (ONNX Runtime)",
             ["model", "stage"],
             buckets=SECONDS,
             registry=self.registry,
         )
         self.sampled_inputs = Counter(
-            "finetune_sampled_inputs", "Images drawn to be kept, and what came of it", ["outcome"], registry=self.registry
+            "finetune_sampled_inputs", "Images that were sampled for storing, by outcome", ["outcome"], registry=self.registry
         )
         self.shadow_answers = Counter(
             "finetune_shadow_answers",
-            "Answers computed a second time by a shadow model: whether both top labels agree, or why there is none",
+            "Predictions that a shadow model repeats, by outcome: whether the labels agree, or why it did not predict",
             ["model", "version", "outcome"],
             registry=self.registry,
         )
@@ -147,7 +147,7 @@ class _ModelsCollector(Collector):
 
     def collect(self) -> Iterable[Metric]:
         default = GaugeMetricFamily(
-            "finetune_default_model", "What answers requests that name no model", labels=["model", "version"]
+            "finetune_default_model", "The model for requests without a model name", labels=["model", "version"]
         )
         with contextlib.suppress(NotReady):
             model = self._models.default()
@@ -170,10 +170,12 @@ class _DriftCollector(Collector):
     def collect(self) -> Iterable[Metric]:
         drifted = GaugeMetricFamily(
             "finetune_drift",
-            "Whether live answers differ from those to held-out images: 1 drifted, 0 steady; absent before that is known",
+            "Whether predictions in production have drifted from those for held-out images: 1 yes, 0 no; absent if not known",
             labels=["model", "version"],
         )
-        images = GaugeMetricFamily("finetune_drift_images", "Live images that are compared", labels=["model", "version"])
+        images = GaugeMetricFamily(
+            "finetune_drift_images", "Number of compared images in production", labels=["model", "version"]
+        )
         labels = ["model", "version", "test"]
         p = GaugeMetricFamily("finetune_drift_adjusted_p", "p-value of a test, adjusted for their number", labels=labels)
         effect = GaugeMetricFamily("finetune_drift_effect", "Effect size of a test", labels=labels)

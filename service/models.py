@@ -67,7 +67,7 @@ Role = Literal["pinned", "default", "canary", "shadow"]
 
 
 @dataclass(frozen=True)
-class Deployed:
+class DeployedModel:
     """A model that requests without a model name go to."""
 
     role: Role
@@ -115,11 +115,11 @@ class LoadedModels:
         self._default: LoadedModel | None = None
         self._fetched: Path | None = None  # local copy of the bundle at a pinned URI
         self._fetch_trouble = ""
-        self._beside: dict[str, LoadedModel] = {}  # canary and shadow, by reference
-        self._reason = "The models have not been looked at yet"
+        self._canary_and_shadow: dict[str, LoadedModel] = {}  # canary and shadow, by reference
+        self._reason = "The models folder has not been read yet"
         self._named: OrderedDict[str, LoadedModel] = OrderedDict()
         self._refused: dict[WrittenBundle, str] = {}
-        self._maps = threading.Lock()  # held briefly, to read or change the dictionaries above
+        self._lock = threading.Lock()  # protects the dictionaries above
         self._loading = threading.Lock()  # held while a bundle loads: one at a time
         self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model-loading")
         self._pending: dict[str, Future[LoadedModel]] = {}
@@ -152,17 +152,17 @@ class LoadedModels:
         """Return the deployment of the default as last read; None if there is none."""
         return self._deployment
 
-    def deployed(self) -> Sequence[Deployed]:
+    def deployed(self) -> Sequence[DeployedModel]:
         """Return the registered models that requests without a model name go to."""
         if self.pinned is not None:
-            return () if self.serves_a_folder else (Deployed("pinned", self.pinned),)
+            return () if self.serves_a_folder else (DeployedModel("pinned", self.pinned),)
         if self._deployment is None:
             return ()
-        found = [Deployed("default", self._deployment.reference)]
+        found = [DeployedModel("default", self._deployment.reference)]
         if self._deployment.canary is not None:
-            found.append(Deployed("canary", self._deployment.canary.reference))
+            found.append(DeployedModel("canary", self._deployment.canary.reference))
         if self._deployment.shadow is not None:
-            found.append(Deployed("shadow", self._deployment.shadow.reference))
+            found.append(DeployedModel("shadow", self._deployment.shadow.reference))
         return found
 
     def choose(self, may_use: Callable[[LoadedModel], bool] = lambda _: True) -> Choice:
@@ -187,7 +187,7 @@ class LoadedModels:
     def _drawn(self, share: Share | None) -> LoadedModel | None:
         if share is None or random.random() * 100.0 >= share.percent:
             return None
-        return self._beside.get(share.reference)
+        return self._canary_and_shadow.get(share.reference)
 
     async def get(self, reference: str) -> LoadedModel:
         """Return the model of ``name``, ``name@version`` or ``name@alias``; on first use, load it in the loader's thread.
@@ -218,7 +218,7 @@ class LoadedModels:
             return loaded
         with self._loading:
             bundle = _registered_bundle(self.find(reference))
-            loaded = self._follow(self._named.get(reference), bundle)
+            loaded = self._up_to_date(self._named.get(reference), bundle)
             if loaded is None:
                 raise BundleError(f"{bundle.name}@{bundle.version} is not served: {self._refused[bundle]}")
             self._keep(reference, loaded)
@@ -252,13 +252,13 @@ class LoadedModels:
 
     def refused(self) -> dict[tuple[str, str], str]:
         """Map (name, version) of each requested bundle that is not served to the reason."""
-        with self._maps:
+        with self._lock:
             return {(bundle.name, bundle.version): reason for bundle, reason in self._refused.items()}
 
     def refresh(self) -> None:
         """Check the registry once and load the present version of each reference."""
         with self._loading:
-            with self._maps:
+            with self._lock:
                 self._refused = {
                     bundle: why for bundle, why in self._refused.items() if bundle.written_ns == _written_ns(bundle.path)
                 }
@@ -266,16 +266,16 @@ class LoadedModels:
             self._refresh_default()
             for reference, loaded in named:
                 try:
-                    newer = self._follow(loaded, _registered_bundle(self.registry.lookup(reference)))
+                    newer = self._up_to_date(loaded, _registered_bundle(self.registry.lookup(reference)))
                 except NotFound:
-                    with self._maps:
+                    with self._lock:
                         self._named.pop(reference, None)
                 else:
                     if newer is not None and newer is not loaded:
                         self._keep(reference, newer)
 
     def _loaded_as(self, reference: str) -> LoadedModel | None:
-        with self._maps:
+        with self._lock:
             if reference not in self._named:
                 return None
             self._named.move_to_end(reference)
@@ -294,25 +294,25 @@ class LoadedModels:
             self._reason = f"{error.message}. {MAKE_ONE}"
             return
         finally:
-            self._refresh_beside()
-        loaded = self._follow(self._default, bundle)
+            self._refresh_canary_and_shadow()
+        loaded = self._up_to_date(self._default, bundle)
         if loaded is None:
             self._reason = f"{bundle.name}@{bundle.version} is not served: {self._refused[bundle]}"
         self._default = loaded
 
-    def _refresh_beside(self) -> None:
+    def _refresh_canary_and_shadow(self) -> None:
         """Load the canary and the shadow of the present deployment; one that cannot be loaded gets no requests."""
         beside = {}
         deployed = self._deployment
         for share in (deployed.canary, deployed.shadow) if deployed is not None else ():
             if share is not None:
                 with contextlib.suppress(NotFound):
-                    loaded = self._follow(
-                        self._beside.get(share.reference), _registered_bundle(self.registry.lookup(share.reference))
+                    loaded = self._up_to_date(
+                        self._canary_and_shadow.get(share.reference), _registered_bundle(self.registry.lookup(share.reference))
                     )
                     if loaded is not None:
                         beside[share.reference] = loaded
-        self._beside = beside
+        self._canary_and_shadow = beside
 
     def _why_there_is_none(self) -> str:
         """Return why there is no default model. The message is public, so it contains no model names."""
@@ -322,8 +322,8 @@ class LoadedModels:
             return "The model that this server answers with is not registered any more. An administrator must promote another one"
         return "No default model is chosen. An administrator chooses one: finetune models promote NAME --default"
 
-    def _follow(self, present: LoadedModel | None, wanted: WrittenBundle) -> LoadedModel | None:
-        """Load the model of `wanted` if it is not `present` already; return `present` if the new one fails its checks."""
+    def _up_to_date(self, present: LoadedModel | None, wanted: WrittenBundle) -> LoadedModel | None:
+        """Return the model of `wanted`, loaded unless it is `present`; return `present` if the new one fails its checks."""
         if present is not None and present.bundle == wanted:
             return present
         if wanted in self._refused:
@@ -334,7 +334,7 @@ class LoadedModels:
         try:
             newer = LoadedModel(wanted, self._load(wanted.path))
         except BundleError as error:
-            with self._maps:
+            with self._lock:
                 self._refused[wanted] = str(error).removeprefix(f"{wanted.path}: ")
             log.error("%s@%s refused: %s", wanted.name, wanted.version, error)
             return present
@@ -343,11 +343,11 @@ class LoadedModels:
         return newer
 
     def _all(self) -> list[LoadedModel]:
-        with self._maps:
-            return [*self._named.values(), *self._beside.values(), *([self._default] if self._default else [])]
+        with self._lock:
+            return [*self._named.values(), *self._canary_and_shadow.values(), *([self._default] if self._default else [])]
 
     def _keep(self, reference: str, model: LoadedModel) -> None:
-        with self._maps:
+        with self._lock:
             self._named[reference] = model
             self._named.move_to_end(reference)
             while len(self._named) > 1 and (len(self._named) > self._capacity or self._named_bytes() > self._max_bytes):
@@ -389,9 +389,9 @@ class LoadedModels:
             try:
                 self.refresh()
                 trouble = ""
-            except Exception as error:  # whatever is wrong with a folder, the next look may find it repaired
+            except Exception as error:  # the folder may be repaired by the next round
                 if str(error) != trouble:
-                    log.exception("The models folder cannot be read; the loaded models go on answering")
+                    log.exception("The models folder cannot be read; the loaded models stay in use")
                 trouble = str(error)
             if self._stopping.wait(self._watch_seconds):
                 return

@@ -77,7 +77,9 @@ def parse_request(body: bytes, header_length: str | None) -> InferRequest:
     except ValueError:
         raise InvalidInput("the request is not JSON (or its Inference-Header-Content-Length is wrong)") from None
     if not isinstance(head, dict) or not isinstance(head.get("inputs"), list) or len(head["inputs"]) != 1:
-        raise InvalidInput("a request has exactly one input", [Problem("inputs", f"must be a list of one, named {_INPUT!r}")])
+        raise InvalidInput(
+            "a request has exactly one input", [Problem("inputs", f"must be a list with one input, named {_INPUT!r}")]
+        )
     given, outputs = head["inputs"][0], head.get("outputs") or []
     if not isinstance(given, dict) or given.get("name") != _INPUT:
         raise InvalidInput(f"the input is named {_INPUT!r}", [Problem("inputs[0].name", f"must be {_INPUT!r}")])
@@ -119,14 +121,14 @@ def _tensor(given: Mapping[str, Any], binary: bytes) -> tuple[np.ndarray | None,
     size = _parameters(given).get("binary_data_size")
     if size is not None and (not isinstance(size, int) or size != len(binary)):
         raise InvalidInput(
-            "the binary data is cut short or too long", [Problem("inputs[0].parameters", "binary_data_size is not what was sent")]
+            "the binary data is too short or too long", [Problem("inputs[0].parameters", "binary_data_size is not what was sent")]
         )
     if datatype == "UINT8":
         return _pixels(given, shape, binary if size is not None else None), ()
     if datatype == "BYTES":
         return None, _files(given, shape, binary if size is not None else None)
     raise InvalidInput(
-        "the input is of another type", [Problem("inputs[0].datatype", "must be UINT8 (pixels) or BYTES (encoded files)")]
+        "the input has an unsupported type", [Problem("inputs[0].datatype", "must be UINT8 (pixels) or BYTES (encoded files)")]
     )
 
 

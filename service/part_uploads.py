@@ -166,7 +166,7 @@ class PartUploads:
             n_bytes = sum(part.size_bytes for part in parts) - sum(part.size_bytes for part in replaced)
             if n_bytes + arrived.stat().st_size > upload.size_bytes:
                 raise InvalidInput(
-                    f"with this part, more than the {upload.size_bytes:,} bytes would have arrived that were announced",
+                    f"with this part, the upload would exceed the {upload.size_bytes:,} bytes that were announced",
                     [Problem("data", "is too large")],
                 )
             if number > MAX_PARTS:
@@ -206,7 +206,7 @@ class PartUploads:
         """
         with self._held(upload) as known:
             if known.file_id is not None:
-                raise Conflict(f"{upload.id} is complete: DELETE /v1/files/{known.file_id} removes what it became")
+                raise Conflict(f"{upload.id} is complete: DELETE /v1/files/{known.file_id} deletes its file")
             self._remove(upload.id)
 
     def forget(self, upload: PartUpload) -> None:
@@ -287,8 +287,8 @@ class PartUploads:
 
 def _no_upload(upload_id: str) -> NotFound:
     return NotFound(
-        f"no upload {upload_id[:60]!r} has begun, or it was cancelled, or its last part is more than a day old, or the file that "
-        "it became was deleted"
+        f"no upload {upload_id[:60]!r} has begun, or it was cancelled, or its last part is more than a day old, or its file was "
+        "deleted"
     )
 
 

@@ -22,7 +22,7 @@ from finetune.bundle.image_limits import ImageLimits
 from finetune.data.archive import ArchiveError
 from finetune.data.dataset import Dataset, Sample
 from finetune.data.index import index_dataset
-from finetune.data.intake import listed, needs_care
+from finetune.data.intake import listed, needs_child_process
 from finetune.data.reading import reading_of
 from finetune.errors import DataError, MissingExtra, NotFound, UnsupportedImage
 from finetune.evaluation.predictions import Predictions
@@ -80,14 +80,14 @@ class PictureIndex:
                 self._known.move_to_end(key)
                 return self._known[key]
         try:
-            if any(map(needs_care, locations.values())):
+            if any(map(needs_child_process, locations.values())):
                 dataset = listed(locations, reading)
             else:
                 dataset = index_dataset(training, validation, test, for_training=False, reading=reading_of(reading))
         except (DataError, ArchiveError, MissingExtra):
-            raise NotFound("The pictures are gone: the dataset was deleted, or can no longer be read") from None
+            raise NotFound("The pictures are not available: the dataset was deleted, or can no longer be read") from None
         if not dataset.samples:
-            raise NotFound("The pictures are cells of a table. Those are trained on and not shown here")
+            raise NotFound("The pictures are cells of a table. They are used in training, but not shown here")
         found = Pictures(dataset, {sample.id: sample for sample in dataset.samples})
         with self._lock:
             self._known[key] = found

@@ -39,7 +39,7 @@ class _Measurement:
 
 
 class Planner:
-    """Measures backbones one at a time, and caches the measurements in the workspace. What nobody waits for is not measured."""
+    """Measures backbones one at a time, and caches the measurements in the workspace. One that nobody waits for is cancelled."""
 
     def __init__(self, workspace: Workspace) -> None:
         self._workspace = workspace

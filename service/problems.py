@@ -79,8 +79,8 @@ class ProblemDocument(BaseModel):
     title: str
     status: int
     detail: str
-    instance: str = Field(description="The path that was asked for.")
-    code: str = Field(description="Stable: branch on this.", examples=["invalid_image"])
+    instance: str = Field(description="The path of the request.")
+    code: str = Field(description="A stable code for programs.", examples=["invalid_image"])
     request_id: str
     errors: list[FieldProblem] = []
     error: ErrorObject
@@ -95,8 +95,8 @@ class InferenceProblemDocument(ProblemDocument):
 def _responses(document: type[ProblemDocument]) -> dict[int | str, dict[str, Any]]:
     content = {MEDIA_TYPE: {"schema": {"$ref": f"#/components/schemas/{document.__name__}"}}}
     return {
-        "4XX": {"description": "The request cannot be answered as it is", "content": content},
-        "5XX": {"description": "The server cannot answer now", "content": content},
+        "4XX": {"description": "The request is invalid, or conflicts with the present state", "content": content},
+        "5XX": {"description": "The server cannot process the request now", "content": content},
     }
 
 
@@ -197,7 +197,7 @@ async def _on_validation_error(request: Request, error: Exception) -> JSONRespon
     assert isinstance(error, RequestValidationError)
     if isinstance(error.body, bytes):  # FastAPI did not parse the body, because its content type is not JSON
         media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        return problem(request.scope, 415, f"A body of type {media_type[:100]!r} is not taken here; send application/json")
+        return problem(request.scope, 415, f"A body of type {media_type[:100]!r} is not accepted here; send application/json")
     errors = [FieldProblem(field=_field_path(one["loc"]), detail=_sentence(one)) for one in error.errors()]
     sentences = [f"{one.field}: {one.detail}" if one.field != "body" else one.detail for one in errors[:MAX_SENTENCES]]
     if (more := len(errors) - MAX_SENTENCES) > 0:
@@ -272,11 +272,11 @@ async def _on_os_error(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _on_disconnect(request: Request, _: Exception) -> JSONResponse:
-    return problem(request.scope, CLIENT_CLOSED_REQUEST, "The client went away before its request was complete")
+    return problem(request.scope, CLIENT_CLOSED_REQUEST, "The client disconnected before its request was complete")
 
 
 def _too_large(scope: Mapping[str, Any]) -> str:
-    return f"The body is larger than the {scope[MAX_BODY_SIZE_SCOPE_KEY]:,} bytes that are taken here"
+    return f"The body is larger than the {scope[MAX_BODY_SIZE_SCOPE_KEY]:,} bytes that are accepted here"
 
 
 def detail_of(scope: Mapping[str, Any], status: int, content_type: str, body: bytes) -> str:

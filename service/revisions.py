@@ -15,11 +15,11 @@ from typing import Annotated
 
 from pydantic import Field
 
-from finetune.data.contents import hold_again
+from finetune.data.contents import link_files
 from finetune.data.dataset import Dataset, Sample
 from finetune.data.files import StoredFile
 from finetune.data.intake import Intake, describe
-from finetune.data.names import class_name, why_no_class_name
+from finetune.data.names import class_name, problem_of_class_name
 from finetune.data.places.tree import is_system
 from finetune.errors import Conflict, DataError, InvalidInput, Problem
 from finetune.jobs.files import UploadedFile
@@ -78,7 +78,7 @@ def write_corrected(pictures: Pictures, original: UploadedFile, wanted: Correcti
             members[_unused(f"{folder}/{sample.id.rpartition('/')[2]}", members)] = sample.file.path
     if not members:
         raise InvalidInput("no image is left", [Problem("labels", "leave out every image")])
-    n_bytes = hold_again(members.items(), contents)
+    n_bytes = link_files(members.items(), contents)
     try:
         described = describe(contents)
     except DataError as error:
@@ -113,11 +113,11 @@ def _place(sample: Sample, pictures: Pictures, wanted: Corrections) -> str | Non
 
 def _why_no_label(label: str) -> str | None:
     """Return why a text cannot be the name of a class and of its folder, or None if it can."""
-    why = why_no_class_name(label)
+    why = problem_of_class_name(label)
     if why is not None or len(label) > MAX_LABEL or label.startswith(".") or "/" in label or "\\" in label:
         return f"cannot be the name of a class{f': it {why}' if why else ''}; {MAY_HOLD}"
     if is_system(class_name(label).strip()):
-        return "cannot be the name of a class: folders that systems and programs leave behind are called so, and are not read"
+        return "cannot be the name of a class: systems and programs create folders of this name, so they are not read"
     return None
 
 

@@ -136,7 +136,7 @@ class SpecChecker:
         try:
             return program.run(given, "checking model.backbone and augmentation.transforms")
         except Overloaded as error:
-            hint = "Try again in a moment; if it stays so, name another backbone or other transforms"
+            hint = "Try again in a moment; if this persists, give another backbone or other transforms"
             raise Overloaded(f"{error.message}. {hint}") from None
         finally:
             self._running.discard(program)

@@ -255,8 +255,8 @@ async def receive(request: Request, arrival: Arrival, target: Path) -> tuple[str
         problems = _field_problems(form, "file", required=("purpose",))
         purpose, file = form.get("purpose"), form.get("file")
         if purpose is not None and purpose not in PURPOSES:
-            said = f"must be {TO_TRAIN_ON!r} for a dataset to train on, or {TO_ANSWER!r} for images to be answered"
-            problems.append(Problem("purpose", said))
+            message = f"must be {TO_TRAIN_ON!r} for a dataset to train on, or {TO_ANSWER!r} for images to be answered"
+            problems.append(Problem("purpose", message))
         _refuse(problems, HOW_TO_SEND)
         assert isinstance(file, UploadFile)
         return plain_name(file.filename or "dataset"), str(purpose)

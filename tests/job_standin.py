@@ -32,7 +32,7 @@ from finetune.storage.rundir import RunDir
 LEASE_SECONDS = 60.0  # no test waits for its end (see `end_leases`), and a busy machine does not reach it
 DEADLINE_SECONDS = 240.0  # on a busy machine; a test that passes waits for none of it
 QUICK = {
-    "beat_seconds": 0.2, "retry_base_seconds": 0.05, "threads": 1, "cancel_grace_seconds": 5.0, "stall_seconds": 60.0,
+    "heartbeat_seconds": 0.2, "retry_base_seconds": 0.05, "threads": 1, "cancel_grace_seconds": 5.0, "stall_seconds": 60.0,
     "min_free_bytes": 0,
 }  # fmt: skip
 

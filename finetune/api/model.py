@@ -127,7 +127,7 @@ class Model:
         (prediction,) = predict_samples(self._predictor, [sample])
         if isinstance(prediction, UnreadableSample):
             raise prediction.error
-        return self._of(prediction, options)
+        return self._to_image_prediction(prediction, options)
 
     def predict_many(
         self, images: Sequence[str | Path], options: CertaintyOptions = NO_OPTIONS, *, progress: bool = True
@@ -138,7 +138,8 @@ class Model:
         with progress_bars(shown=progress) as update:
             predicted = list(predict_samples(self._predictor, samples, what=f"{len(samples):,} images", progress=update))
         return [
-            prediction if isinstance(prediction, UnreadableSample) else self._of(prediction, options) for prediction in predicted
+            prediction if isinstance(prediction, UnreadableSample) else self._to_image_prediction(prediction, options)
+            for prediction in predicted
         ]
 
     def evaluate(self, data: str | Path, split: str | None = None, *, progress: bool = True) -> BundleEvaluation:
@@ -146,7 +147,7 @@ class Model:
         with progress_bars(shown=progress) as update:
             return evaluate_bundle(self.folder, data, split, update)
 
-    def _of(self, prediction: SamplePrediction, options: CertaintyOptions) -> ImagePrediction:
+    def _to_image_prediction(self, prediction: SamplePrediction, options: CertaintyOptions) -> ImagePrediction:
         return self._image_prediction(prediction.probs, prediction.embedding, prediction.cam, prediction.image, options)
 
     def _image_prediction(

@@ -92,9 +92,9 @@ def _figures(manifest: Manifest) -> str:
         if len(manifest.classes) >= metric.least_classes:
             rows.append([metric.label, *(_figure(metrics, split, metric) for split in splits)])
     why = "" if leading is task.headline else f"; {WHY_OVER_CLASSES}"
-    told = "\n".join(f"- {SPLITS[split]}" for split in splits)
+    details = "\n".join(f"- {SPLITS[split]}" for split in splits)
     notes = "".join(f"\n- {_text(note)}" for note in manifest.method.get("notes", ()))
-    return f"{_table(rows)}\n\nIn brackets: the 95 % interval{why}.\n\n{told}{notes}"
+    return f"{_table(rows)}\n\nIn brackets: the 95 % interval{why}.\n\n{details}{notes}"
 
 
 def _figure(metrics: Mapping[str, float], split: str, metric: Any) -> str:
@@ -157,7 +157,7 @@ def checked_sentences(calibration: Calibration) -> list[str]:
         right = f", and {_interval(found)} of these answers were right" if "value" in found else ""
         sentences.append(f"{where}, asked for {found['asked']:.0%} precision, it answered {found['answered']:.1%}{right}.")
     if found := checked.get("unlike"):
-        sentences.append(f"{where}, {_interval(found)} counted as unlike anything seen ({found['asked']:.0%} are meant to).")
+        sentences.append(f"{where}, {_interval(found)} counted as unlike the known images ({found['asked']:.0%} are meant to).")
     return sentences
 
 
@@ -209,8 +209,8 @@ def _started_from(weights: Mapping[str, Any]) -> str:
 
 def _method(method: Mapping[str, Any]) -> str:
     settings = {key: value for key, value in method.items() if key not in ("type", "notes") and value is not None}
-    told = "; ".join(f"{key}: {value}" for key, value in settings.items())
-    return _text(f"{method.get('type', 'unknown')}{f' ({told})' if told else ''}")
+    details = "; ".join(f"{key}: {value}" for key, value in settings.items())
+    return _text(f"{method.get('type', 'unknown')}{f' ({details})' if details else ''}")
 
 
 def _licence(manifest: Manifest) -> str:
@@ -220,8 +220,10 @@ def _licence(manifest: Manifest) -> str:
             "The backbone was not pretrained: no licence of weights applies. The licence of the training images is not recorded."
         )
     licence = weights.get("license")
-    said = f"come under {_text(licence)}" if licence else "come under a licence that is not recorded: ask their author before use"
-    return f"The pretrained weights {said}. {IMAGES_LICENCE}"
+    licence_text = (
+        f"come under {_text(licence)}" if licence else "come under a licence that is not recorded: ask their author before use"
+    )
+    return f"The pretrained weights {licence_text}. {IMAGES_LICENCE}"
 
 
 def _limits(manifest: Manifest) -> list[str]:

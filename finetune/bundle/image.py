@@ -76,7 +76,7 @@ _BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # TIFF tags; photometric 0 is "white 
 _LARGE_PIXELS = 25_000_000  # larger images other than JPEGs are averaged down before they are converted
 _END_OF_JPEG = b"\xff\xd9"
 _CONTINUATIONS = (b"\x55" * 512, b"\x9c\x33" * 256)  # two arbitrary continuations of truncated JPEG data
-_MAX_MENDED_PIXELS = 50_000_000  # size limit of a JPEG without end mark, because it is decoded several times
+_MAX_COMPLETED_PIXELS = 50_000_000  # size limit of a JPEG without end mark, because it is decoded several times
 _SAVE_PLAINLY = "save them as 8-bit or 16-bit first"
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
@@ -264,7 +264,7 @@ def _with_end_mark(data: bytes) -> bytes | None:
     data = data.rstrip(b"\xff")
     whole = data + _END_OF_JPEG
     image = JpegImageFile(io.BytesIO(whole))
-    if image.width * image.height > _MAX_MENDED_PIXELS:
+    if image.width * image.height > _MAX_COMPLETED_PIXELS:
         return None
     pixels = np.asarray(image)
     for bits in _CONTINUATIONS:
@@ -296,7 +296,7 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
     """
     if image.mode in ("I", "F"):  # convert() would silently clip these to black or white
         kind = "32-bit integer" if image.mode == "I" else "floating-point"
-        raise UnsupportedImage(f"the pixels are {kind} numbers with no agreed brightest value: {_SAVE_PLAINLY}")
+        raise UnsupportedImage(f"the pixels are {kind} numbers without a defined maximum: {_SAVE_PLAINLY}")
     return Image.fromarray(_grey16_to_8(image)) if image.mode.startswith("I;16") else image
 
 

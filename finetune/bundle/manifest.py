@@ -71,10 +71,12 @@ class Manifest:
         """Check that the fields do not contradict each other."""
         twice = sorted({label for label in self.classes if self.classes.count(label) > 1})
         if twice:
-            raise ValueError(f"classes {twice} stand there twice")
+            raise ValueError(f"classes {twice} are listed twice")
         missing = [output for output in _REQUIRED_OUTPUTS if output not in self.outputs]
         if missing or len(set(self.outputs)) != len(self.outputs):
-            raise ValueError(f"outputs {list(self.outputs)} must hold each of {list(_REQUIRED_OUTPUTS)} once, and may hold cam")
+            raise ValueError(
+                f"outputs {list(self.outputs)} must contain each of {list(_REQUIRED_OUTPUTS)} once, and may contain cam"
+            )
         if bool(self.cam.get("available")) != ("cam" in self.outputs):
             raise ValueError(f"cam.available is {self.cam.get('available')}, but outputs are {list(self.outputs)}")
         if "name" not in self.backbone:
@@ -174,12 +176,14 @@ def metadata_problems(manifest: Manifest, metadata: Mapping[str, str]) -> list[P
 
     Fields that the model file does not contain are not compared.
     """
-    said = manifest.to_dict()
+    expected = manifest.to_dict()
     problems = []
     for key, text in metadata.items():
         name = key.removeprefix(METADATA_PREFIX)
-        if key.startswith(METADATA_PREFIX) and name in said and _parsed_value(text) != said[name]:
-            problems.append(Problem(name, f"{MANIFEST} says {_short(said[name])}, {MODEL} says {_short(_parsed_value(text))}"))
+        if key.startswith(METADATA_PREFIX) and name in expected and _parsed_value(text) != expected[name]:
+            problems.append(
+                Problem(name, f"{MANIFEST} says {_short(expected[name])}, {MODEL} says {_short(_parsed_value(text))}")
+            )
     return problems
 
 

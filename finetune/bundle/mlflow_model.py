@@ -26,7 +26,7 @@ from finetune.runtime.cores import available_cores
 DEFAULT_TOP_K = 5
 BATCH_SIZE = 16
 IMAGE_COLUMN = "image"
-TAKEN = (
+ACCEPTED_INPUTS = (
     "the bytes of an image file, these in base64, a path, or RGB pixels as uint8 (height, width, 3); one of them, a list, "
     f"a NumPy array (images, height, width, 3), or a table with a column {IMAGE_COLUMN!r}"
 )
@@ -63,7 +63,7 @@ class BundleModel:
         ``abstained``, ``reason`` and ``novelty`` are added.
 
         Args:
-            model_input: see `TAKEN`.
+            model_input: see `ACCEPTED_INPUTS`.
             params: ``top_k``: the number of classes to return, at most all; 5 by default. ``coverage``, ``per_class``,
                 ``abstain`` and ``precision`` as for ``/predict``.
 
@@ -76,18 +76,18 @@ class BundleModel:
 
         manifest = self._predictor.manifest
         top_k = _top_k(params, len(manifest.classes))
-        asked = self._predictor.estimator.resolved(_asked(params))
+        asked = self._predictor.estimator.resolved(_options(params))
         rows: list[dict[str, Any]] = []
-        for images in _batches(_each(model_input), BATCH_SIZE):
+        for images in _batches(_each_image(model_input), BATCH_SIZE):
             outputs = self._predictor.run(np.stack([self._pixels(image) for image in images]))
             for probs, embedding in zip(outputs.probs, outputs.embedding, strict=True):
                 certainty = self._predictor.estimator.estimate(probs, embedding, asked)
                 rows.append({**_row(probs, self._predictor, top_k), **certainty.to_dict()})
-        said = [name for name in CERTAINTY if rows and name in rows[0]]
-        return pd.DataFrame(rows, columns=[*columns_of(manifest), *said])
+        certainty_columns = [name for name in CERTAINTY if rows and name in rows[0]]
+        return pd.DataFrame(rows, columns=[*columns_of(manifest), *certainty_columns])
 
     def _pixels(self, image: Any) -> NDArray[np.uint8]:
-        """Return the input (h, w, 3) uint8 of the model for one image in any of the forms in `TAKEN`."""
+        """Return the input (h, w, 3) uint8 of the model for one image in any of the forms in `ACCEPTED_INPUTS`."""
         preprocess = self._predictor.manifest.preprocess
         if isinstance(image, bytes | bytearray | memoryview):
             return preprocess.load(bytes(image))
@@ -100,7 +100,7 @@ class BundleModel:
             return self._pixels(image[IMAGE_COLUMN])
         if isinstance(image, np.ndarray | list | tuple):
             return preprocess(_rgb(image))
-        raise InvalidInput(f"{type(image).__name__} is no image; give {TAKEN}")
+        raise InvalidInput(f"{type(image).__name__} is not an image; give {ACCEPTED_INPUTS}")
 
     def _path(self, text: str) -> Path | None:
         """Return the path in a string if it is that of a file and files may be opened; else None."""
@@ -113,8 +113,8 @@ class BundleModel:
             return None
 
 
-def _each(given: Any) -> Iterator[Any]:
-    """Yield the images in an input of any of the forms in `TAKEN`, one by one."""
+def _each_image(given: Any) -> Iterator[Any]:
+    """Yield the images in an input of any of the forms in `ACCEPTED_INPUTS`, one by one."""
     if hasattr(given, "columns"):  # a pandas table
         columns = list(given.columns)
         if IMAGE_COLUMN not in columns and len(columns) != 1:
@@ -126,15 +126,15 @@ def _each(given: Any) -> Iterator[Any]:
         inner = given.get(IMAGE_COLUMN)
         if inner is None:
             raise InvalidInput(f"a mapping needs the key {IMAGE_COLUMN!r}; this one has {sorted(map(str, given))}")
-        yield from _each(inner)
+        yield from _each_image(inner)
     elif isinstance(given, np.ndarray) and given.ndim == 0:
-        yield from _each(given.item())
+        yield from _each_image(given.item())
     elif (isinstance(given, np.ndarray) and given.ndim == 3) or (isinstance(given, list | tuple) and _depth(given) == 3):
         yield given
     elif isinstance(given, Sequence | np.ndarray) or hasattr(given, "__iter__"):
         yield from given
     else:
-        raise InvalidInput(f"{type(given).__name__} is no image; give {TAKEN}")
+        raise InvalidInput(f"{type(given).__name__} is not an image; give {ACCEPTED_INPUTS}")
 
 
 def _depth(value: Any) -> int:
@@ -153,7 +153,7 @@ def _rgb(pixels: Any) -> NDArray[np.uint8]:
     """
     array = np.asarray(pixels)
     if array.ndim != 3 or array.shape[2] != 3 or array.size == 0:
-        raise InvalidInput(f"an array of shape {array.shape} is no image; give {TAKEN}")
+        raise InvalidInput(f"an array of shape {array.shape} is not an image; give {ACCEPTED_INPUTS}")
     if array.dtype != np.uint8:
         if not np.issubdtype(array.dtype, np.integer) or array.min() < 0 or array.max() > 255:
             raise InvalidInput(f"pixels are whole numbers from 0 to 255 (uint8); these are {array.dtype}")
@@ -168,7 +168,7 @@ def _decoded(text: str) -> bytes:
         return base64.b64decode("".join(encoded.split()), validate=True)
     except (binascii.Error, ValueError):
         shown = f"{text[:60]!r}{'…' if len(text) > 60 else ''}"
-        raise InvalidInput(f"{shown} is neither base64 nor a file that may be opened; give {TAKEN}") from None
+        raise InvalidInput(f"{shown} is neither base64 nor a file that may be opened; give {ACCEPTED_INPUTS}") from None
 
 
 def _top_k(params: Mapping[str, Any] | None, n_classes: int) -> int:
@@ -180,7 +180,7 @@ def _top_k(params: Mapping[str, Any] | None, n_classes: int) -> int:
     return int(asked)
 
 
-def _asked(params: Mapping[str, Any] | None) -> CertaintyOptions:
+def _options(params: Mapping[str, Any] | None) -> CertaintyOptions:
     """Return the options in `params`; MLflow itself fills in the defaults, which are None."""
     given = {name: value for name in ASKED if (value := (params or {}).get(name)) is not None}
     return CertaintyOptions(**given)

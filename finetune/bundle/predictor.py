@@ -379,7 +379,7 @@ def _check_self_test(folder: Path, predictor: Predictor, known: SelfTest) -> Non
     """
     problems = [*_model_problems(predictor, known), *_image_problems(predictor.manifest.preprocess, known)]
     if problems:
-        raise BundleError(f"{folder}: the bundle does not give its known answers here", problems)
+        raise BundleError(f"{folder}: the bundle fails its self-test here", problems)
 
 
 def _model_problems(predictor: Predictor, known: SelfTest) -> list[Problem]:
@@ -398,7 +398,7 @@ def _model_problems(predictor: Predictor, known: SelfTest) -> list[Problem]:
     return [
         Problem(
             _MODEL_SELF_TEST,
-            f"logits are off by {worst:.2g}, allowed are {allowed:.2g}: the model computes otherwise",
+            f"logits are off by {worst:.2g}, allowed are {allowed:.2g}: the model gives other results here",
         )
     ]
 
@@ -416,6 +416,6 @@ def _image_problems(preprocess: Preprocess, known: SelfTest) -> list[Problem]:
         difference = float(np.abs(pixels.astype(np.int16) - expected).mean()) if pixels.shape == expected.shape else np.inf
         if not difference <= PIXELS_TOLERANCE:
             problems.append(
-                Problem(where, f"off by {difference:.2f} grey levels on average: it is decoded or resized otherwise here")
+                Problem(where, f"off by {difference:.2f} grey levels on average: it is decoded or resized differently here")
             )
     return problems

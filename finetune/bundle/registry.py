@@ -253,7 +253,7 @@ class Registry:
             if (place / MANIFEST).is_file():
                 return place
         if "/" in reference:
-            raise NotFound(f"{reference}: no run that was exported, and no bundle, is in this folder")
+            raise NotFound(f"{reference}: this folder is neither a bundle nor a run that exported a model")
         return self.lookup(reference).path
 
     def set_alias(self, name: str, alias: str, version: str, **audit: Any) -> ModelVersion:
@@ -289,7 +289,7 @@ class Registry:
         moves = [version for moved, version in moves_in(folder) if moved == alias]
         previous = next((version for version in reversed(moves) if version != current and (folder / version).is_dir()), None)
         if previous is None:
-            raise Conflict(f"{name}@{alias} has only ever meant version {current}: there is nothing to go back to")
+            raise Conflict(f"{name}@{alias} has never pointed at a version other than {current} that still exists")
         return self.set_alias(name, alias, previous, **audit)
 
     def delete(self, name: str, version: str | None = None, *, force: bool = False) -> None:
@@ -306,16 +306,16 @@ class Registry:
         folder = self.root / name
         self.resolve(name, version)
         with _locked(folder):
-            doomed = self._versions_of(name) if version is None else (self.resolve(name, version),)
-            held = sorted(alias for found in doomed for alias in found.aliases)
-            if held and not force:
-                what = name if version is None else f"version {doomed[0].version} of {name}"
-                raise Conflict(f"{what} is what {', '.join(held)} means. Move the alias to another version first, or force it")
-            leaving = {found.version for found in doomed}
-            left = [found for found in versions_in(folder) if found not in leaving]
-            aliases = {alias: target for alias, target in read_aliases(folder).items() if target not in leaving}
+            deleted = self._versions_of(name) if version is None else (self.resolve(name, version),)
+            in_use = sorted(alias for found in deleted for alias in found.aliases)
+            if in_use and not force:
+                what = name if version is None else f"version {deleted[0].version} of {name}"
+                raise Conflict(f"aliases point at {what}: {', '.join(in_use)}. Move them to another version first, or force it")
+            numbers = {found.version for found in deleted}
+            left = [found for found in versions_in(folder) if found not in numbers]
+            aliases = {alias: target for alias, target in read_aliases(folder).items() if target not in numbers}
             write_json(folder / ALIASES, {**aliases, LATEST: aliases.get(LATEST, left[-1])} if left else {})
-            for found in doomed:
+            for found in deleted:
                 gone = folder / f"{_LEAVING}{found.version}"
                 found.path.rename(gone)
                 shutil.rmtree(gone)

@@ -76,7 +76,7 @@ def push_bundle(bundle: Path, address: str, predictions: Path | None = None) -> 
         if filesystem.exists(f"{path}/{MANIFEST}"):
             if filesystem.cat_file(f"{path}/{MANIFEST}") == (bundle / MANIFEST).read_bytes():
                 return
-            raise DataError(f"{address}: another bundle is there already. Give each version an address of its own")
+            raise DataError(f"{address}: there is another bundle already. Give each version an address of its own")
         filesystem.makedirs(path, exist_ok=True)
         for name in manifest.files:
             filesystem.put_file(str(bundle / name), f"{path}/{name}")

@@ -55,13 +55,13 @@ def unusual_numbers(data: bytes) -> str | None:
     bits, channels = tags.get(_BITS_PER_SAMPLE, (1,)), tags.get(_SAMPLES_PER_PIXEL, (1,))[0]
     formats = tags.get(_SAMPLE_FORMAT, (1,))
     if _FLOAT_FORMAT in formats:
-        return f"{bits[0]}-bit floating-point numbers with no agreed brightest value"
+        return f"{bits[0]}-bit floating-point numbers without a defined maximum"
     if _SIGNED_FORMAT in formats:
-        return f"{bits[0]}-bit signed numbers with no agreed brightest value"
+        return f"{bits[0]}-bit signed numbers without a defined maximum"
     if max(bits) > 16:
-        return f"{max(bits)}-bit numbers with no agreed brightest value"
+        return f"{max(bits)}-bit numbers without a defined maximum"
     if channels > 4:
-        return f"of {channels} channels, which are no colours that a photograph has"
+        return f"of {channels} channels, which do not describe colours"
     return None
 
 

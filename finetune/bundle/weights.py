@@ -67,7 +67,7 @@ def find_origin(backbone: str, models: Path) -> Origin:
     else:
         found = [path for path in (Path(backbone) / "bundle", Path(backbone)) if (path / MANIFEST).is_file()]
         if not found:
-            raise NotFound(f"model.backbone: {backbone}: no run that was exported, and no bundle, is in this folder")
+            raise NotFound(f"model.backbone: {backbone}: this folder is neither a bundle nor a run that exported a model")
         folder = found[0]
     return open_origin(folder)
 

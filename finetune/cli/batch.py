@@ -73,5 +73,5 @@ def predict_on_server(images: tuple[Path, ...], model: str | None, server: str, 
     found = client.result(job.id)
     if as_json:
         print_json(found)
-    console.print(f"{found['summary']}; the answers are in {out}", markup=False, soft_wrap=True)
+    console.print(f"{found['summary']}; the predictions are in {out}", markup=False, soft_wrap=True)
     sys.exit(2 if found["n_unreadable"] else 0)

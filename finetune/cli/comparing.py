@@ -98,7 +98,7 @@ def compare(what: tuple[Path, ...], run_dir: Path | None, server: str | None, de
         begun(run)
         if not as_json and (earlier := finished_before(run)) is not None:
             console.print(
-                f"These arms were compared on this data before, and train anew now. What came of it then: "
+                f"These arms were compared on this data before, and are trained again now. The earlier result: "
                 f"finetune compare {shlex.quote(shortened(earlier.root))}",
                 markup=False,
             )

@@ -34,9 +34,9 @@ def data() -> None:
 def show(data: str, settings: tuple[str, ...], as_json: bool) -> None:
     """Show the classes, counts and revision of DATA, and how it was read.
 
-    DATA is a folder, archive, table or URL of labelled images, or the revision of data that was read before. What cannot be
-    trained on is refused, as by `finetune train`. The revision
-    changes with any image or label; a job with data.revision refuses data with another revision.
+    DATA is a folder, archive, table or URL of labelled images, or the revision of data that was read before. Data that
+    `finetune train` would refuse is refused. The revision changes with any image or label; a job with data.revision
+    refuses data with another revision.
     """
     from finetune.cli.terminal import print_json
 

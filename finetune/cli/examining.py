@@ -68,16 +68,16 @@ def show_examination(found: Examined) -> None:
     console.print(f"page      {shortened(found.page)}" if found.page else "", markup=False, soft_wrap=True)
     if found.manifest is not None:
         out, grouped, suggested = found.changes
-        said = f"{out:,} left out, {grouped:,} in groups of copies, {suggested:,} with another label suggested"
-        console.print(f"manifest  {shortened(found.manifest)}: {said}", markup=False, soft_wrap=True)
+        text = f"{out:,} left out, {grouped:,} in groups of copies, {suggested:,} with another label suggested"
+        console.print(f"manifest  {shortened(found.manifest)}: {text}", markup=False, soft_wrap=True)
         console.print(f"train     add --set data.manifest={shortened(found.manifest)}", markup=False, soft_wrap=True)
     elif any(finding.fix != "none" or finding.kind == "label_errors" for finding in findings):
         console.print("fix       --fix corrected.csv writes a manifest; no image is touched", markup=False, soft_wrap=True)
 
 
 def _words(finding: Finding) -> str:
-    said = f"{finding.title}: {finding.evidence} {finding.advice}"
-    return f"[{_STYLES[finding.severity]}]{finding.severity}[/] {escape(said)}"
+    text = f"{finding.title}: {finding.evidence} {finding.advice}"
+    return f"[{_STYLES[finding.severity]}]{finding.severity}[/] {escape(text)}"
 
 
 def _show_cases(finding: Finding) -> None:

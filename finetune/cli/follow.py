@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from finetune.jobs.keys import ApiKey
 
 POLL_SECONDS = 1.0
-LONELY_SECONDS = 10.0  # a job that is queued for this long without events may have no worker
+NO_WORKER_SECONDS = 10.0  # a job that is queued for this long without events may have no worker
 _COLOURS = {"error": "red", "warning": "yellow", "warn": "yellow"}
 
 
@@ -38,7 +38,7 @@ def follow(client: JobsClient, job: JobView, *, shown: bool, poll_seconds: float
                     break
                 if job.progress is not None:
                     bars(_progress(job.progress))
-                if shown and not hinted and job.state == "queued" and time.monotonic() - followed_since > LONELY_SECONDS:
+                if shown and not hinted and job.state == "queued" and time.monotonic() - followed_since > NO_WORKER_SECONDS:
                     hinted = True
                     console.print("still queued: is there a worker? finetune worker starts one", style="yellow")
                 time.sleep(poll_seconds)

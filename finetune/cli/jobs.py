@@ -95,10 +95,10 @@ def worker(
 
 
 def _kinds(text: str | None) -> tuple[str, ...]:
-    from finetune.jobs.kinds import KINDS, kinds_carried_out_here
+    from finetune.jobs.kinds import KINDS, runnable_kinds
 
     if text is None:
-        return kinds_carried_out_here()
+        return runnable_kinds()
     asked = tuple(name.strip() for name in text.split(",") if name.strip())
     if not asked or any(name not in KINDS for name in asked):
         raise click.BadParameter(

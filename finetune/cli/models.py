@@ -1,4 +1,4 @@
-"""`models`: the registered models of a workspace, what they answer with, and who may use them."""
+"""`models`: list, show, promote, deploy, share and delete the registered models of a workspace."""
 
 from __future__ import annotations
 
@@ -229,8 +229,8 @@ def abstain(reference: str, precision: float, off: bool) -> None:
     registry = workspace_registry()
     name, _, version = reference.partition("@")
     found = registry.set_abstention(name, version or None, None if off else precision)
-    said = "does not abstain" if off else f"abstains, so that {precision:.0%} of its other predictions are correct"
-    click.echo(f"{found.name}@{found.version} {said}", err=True)
+    setting = "does not abstain" if off else f"abstains, so that {precision:.0%} of its other predictions are correct"
+    click.echo(f"{found.name}@{found.version} {setting}", err=True)
 
 
 def _by() -> str:

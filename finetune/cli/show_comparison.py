@@ -102,14 +102,14 @@ def show_demo(result: DemoResult) -> None:
     """Print the demo's comparison, the chosen model's prediction over HTTP, the verdict, and what to do next."""
     found = result.comparison.to_dict()
     _show_arms(found)
-    asked = f"{found['registered']} was served and asked over HTTP for {result.asked.name}, which shows {result.truth!r}:"
+    asked = f"{found['registered']} was served, and classified {result.asked.name}, which shows {result.truth!r}:"
     console.print(asked, markup=False)
     for row in result.answer["predictions"]:
         console.print(f"  {row['probability']:7.2%}  {row['label']}", markup=False)
     _show_verdict(found)
     console.print(
         textwrap.dedent(f"""
-        all of it took {duration(result.seconds)}. Where to look next:
+        This took {duration(result.seconds)}. Where to look next:
           report    {shortened(result.comparison.report)}
           runs      make mlflow      (then open http://127.0.0.1:5000)
           serve     make serve       (then open http://127.0.0.1:3000)

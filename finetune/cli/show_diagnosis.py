@@ -23,7 +23,7 @@ def show_diagnosis(found: Diagnosis) -> None:
     if not found.problems:
         console.print("\nNothing is wrong with this run, as far as its records tell.")
     if found.clear:
-        console.print("\nLooked at and fine")
+        console.print("\nChecks that found nothing")
         for one in found.clear:
             _paragraph(f"{one.title}: {one.figure}" if one.figure else one.title, "  [green]✓[/] ", "    ")
     if found.not_checked:

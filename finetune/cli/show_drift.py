@@ -23,7 +23,7 @@ def show_drift(found: Mapping[str, Any]) -> None:
         for one in found["tests"]
     ]  # fmt: skip
     if rows:
-        title = f"{printable(found['model'])}@{found['version']}: live answers beside held-out ones"
+        title = f"{printable(found['model'])}@{found['version']}: live predictions compared with held-out ones"
         table(title, ["of", "test", "adjusted p", "effect", "matters from", ""], rows)
     click.secho(f"{found['sentence']}.", fg=_COLOURS.get(found["state"]))
     if found["n_seen"] > found["n"]:
@@ -38,13 +38,11 @@ def show_samples(found: Mapping[str, Any]) -> None:
     """Print the number of stored images, and their folder."""
     model = f"{printable(found['model'])}@{found['version']}"
     if not found["n"]:
-        click.echo(
-            f"No image that {model} was asked about is kept here. A server keeps some while FINETUNE_SAMPLE_INPUTS is above 0."
-        )
+        click.echo(f"No images sent to {model} are stored here. A server stores some if FINETUNE_SAMPLE_INPUTS is above 0.")
         return
     counted = plural(found["n"], "image")
     if found["deleted"]:
         click.echo(f"{counted} deleted")
         return
-    click.echo(f"{counted} that {model} was asked about, {found['oldest']} to {found['newest']}")
+    click.echo(f"{counted} sent to {model}, {found['oldest']} to {found['newest']}")
     console.print(printable(found["folder"]), markup=False, soft_wrap=True)

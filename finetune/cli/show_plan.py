@@ -85,7 +85,7 @@ def show_notes(
 
     Args:
         quarantined: file and reason of each.
-        named: name the first of these files, else count them.
+        named: whether to name the first of these files; otherwise they are only counted.
     """
     for sentence in understood:
         console.print(f"[cyan]read[/] {escape(sentence)}")

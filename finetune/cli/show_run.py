@@ -23,6 +23,7 @@ from finetune.storage.journal import read_lines
 from finetune.storage.rundir import RunDir
 from finetune.tasks import TASKS
 from finetune.tasks.leading import recorded_leading
+from finetune.tracking.mirror import read_state
 
 if TYPE_CHECKING:
     from finetune.runs.outcome import Outcome
@@ -67,8 +68,9 @@ def show_outcome(outcome: Outcome, run: RunDir, registry: Registry) -> None:
             f"default   {reference} answers requests without a model name"
             if _is_default(outcome, registry)
             else f"promote   finetune models promote {outcome.model} {outcome.version} --default",
-            "runs      finetune mlflow",
         ]
+        if read_state(run, "mlflow") is not None:
+            lines.append("runs      finetune mlflow")
     for line in lines:
         console.print(line, markup=False, soft_wrap=True)
 
@@ -178,7 +180,7 @@ def _show_folds(found: Mapping[str, Any], *, copies: bool) -> None:
     low, high = (headline.text(bound) for bound in over[headline.key]["interval"])
     console.print(
         f"Expect {headline.label} {headline.text(over[headline.key]['mean'])} of this model, 95 % interval {low} to {high} "
-        "(Student's t over the folds): it was made as they were, on all images."
+        "(Student's t over the folds): it was trained like their models, on all images."
         f"{' Near duplicates of training images are left out of it.' * copies}\n",
         markup=False,
     )

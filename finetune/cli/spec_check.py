@@ -35,7 +35,7 @@ def problems_of(spec: JobSpec) -> list[Problem]:
         try:
             build_all(spec.augmentation.transforms, "augmentation.transforms", problems)
         except MemoryError:
-            problems.append(Problem("augmentation.transforms", "takes more memory than there is to build it"))
+            problems.append(Problem("augmentation.transforms", "needs more memory than this machine has"))
     return problems
 
 

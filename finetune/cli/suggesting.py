@@ -61,7 +61,7 @@ def _show(found: Suggestions, paths: dict[str, Path]) -> None:
     from finetune.progress_bars import console
 
     rows = [[one.rank, printable(one.relative), *_guesses(one.likely, one.probabilities)] for one in found.chosen[:SHOWN]]
-    table(f"What to label next, by {found.model}", ["", "picture", *query_of(found.task).titles], rows)
+    table(f"Images to label next, chosen by {found.model}", ["", "picture", *query_of(found.task).titles], rows)
     console.print(f"chosen    {len(found.chosen):,} of {plural(found.n_pictures, 'picture')}", markup=False)
     for text in found.left_out:
         console.print(f"left out  {text}", markup=False, soft_wrap=True)

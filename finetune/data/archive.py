@@ -30,7 +30,7 @@ from finetune.messages import printable
 Kind = Literal["zip", "tar", "tar.gz"]
 
 _CHUNK_BYTES = 1 << 20
-_RATIO_ABOVE_BYTES = 1 << 20  # a small archive may compress as well as it likes
+_RATIO_ABOVE_BYTES = 1 << 20  # the ratio of smaller archives is not limited
 _JUNK = (b"__macosx", b".ds_store", b"thumbs.db")
 _TABLE_ENDINGS = (b".parquet", b".arrow", b".csv", b".tsv", b".json", b".jsonl", b".ndjson")
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")
@@ -92,7 +92,7 @@ def kind_of_file(path: Path) -> Kind | None:
         return archive_kind(stream.read(512))
 
 
-def list_members(source: Path, limits: ArchiveLimits = DEFAULT_LIMITS) -> list[Member]:
+def list_members(archive_path: Path, limits: ArchiveLimits = DEFAULT_LIMITS) -> list[Member]:
     """List the members of a zip or tar without reading their contents. Files that file managers create are left out.
 
     Raises:
@@ -100,48 +100,48 @@ def list_members(source: Path, limits: ArchiveLimits = DEFAULT_LIMITS) -> list[M
             limit.
     """
     with reading_errors_named():
-        kind = kind_of_file(source)
+        kind = kind_of_file(archive_path)
         if kind is None:
             raise ArchiveError(NOT_AN_ARCHIVE)
-        rules = _Rules(source.stat().st_size, limits)
+        rules = _Rules(archive_path.stat().st_size, limits)
         if kind == "zip":
-            return [member for member in _zip_members(source, rules) if rules.take(member)]
-        with open(source, "rb") as stream:
-            return [member for member, _ in _tar_members(stream, rules) if rules.take(member)]
+            return [member for member in _zip_members(archive_path, rules) if rules.accepts(member)]
+        with open(archive_path, "rb") as stream:
+            return [member for member, _ in _tar_members(stream, rules) if rules.accepts(member)]
 
 
 NOT_AN_ARCHIVE = "this is not a zip, tar or tar.gz file (its first bytes say so, whatever its name is)"
 
 
-def read_member(source: Path, member: Member) -> bytes:
+def read_member(archive_path: Path, member: Member) -> bytes:
     """Return the contents of a member of a zip or tar that `list_members` listed.
 
     Raises:
         ArchiveError: they are damaged, or differ from the archive's directory; the member is named.
     """
     with reading_errors_named():
-        return b"".join(_chunks(source, member))
+        return b"".join(_chunks(archive_path, member))
 
 
-def stream_members(source: Path, limits: ArchiveLimits = DEFAULT_LIMITS) -> Iterator[tuple[Member, Iterator[bytes]]]:
+def stream_members(archive_path: Path, limits: ArchiveLimits = DEFAULT_LIMITS) -> Iterator[tuple[Member, Iterator[bytes]]]:
     """Yield every member with its contents, in chunks that must be read before the next member; raise as `list_members` does.
 
     The chunks are read outside this function, so the caller must wrap the reading in `reading_errors_named` too.
     """
     with reading_errors_named():
-        kind = kind_of_file(source)
+        kind = kind_of_file(archive_path)
         if kind is None:
             raise ArchiveError(NOT_AN_ARCHIVE)
-        rules = _Rules(source.stat().st_size, limits)
+        rules = _Rules(archive_path.stat().st_size, limits)
         if kind == "zip":
-            for member in _zip_members(source, rules):
-                if rules.take(member):
-                    yield member, rules.counted(member, _chunks(source, member))
+            for member in _zip_members(archive_path, rules):
+                if rules.accepts(member):
+                    yield member, rules.counted(member, _chunks(archive_path, member))
             return
-        with open(source, "rb") as raw:
+        with open(archive_path, "rb") as raw:
             plain: IO[bytes] = gzip.GzipFile(fileobj=raw) if kind == "tar.gz" else raw  # type: ignore[assignment]
             for member, contents in _tar_members(plain, rules):
-                if rules.take(member):
+                if rules.accepts(member):
                     yield member, rules.counted(member, contents)
 
 
@@ -163,7 +163,7 @@ class _Rules:
         if time.monotonic() > self.deadline:
             raise refused(name, f"was not reached within {self.limits.seconds:.0f} s")
 
-    def take(self, member: Member) -> bool:
+    def accepts(self, member: Member) -> bool:
         """Check a member's name and size; return False for files that file managers create."""
         try:
             parts = checked_parts(member.name.decode("utf-8", "surrogateescape"), max_depth=self.limits.depth)
@@ -213,15 +213,15 @@ class _Rules:
         """Refuse an archive that unpacks to far more bytes than it has; `n_bytes` is the number so far, including headers."""
         if n_bytes > self.limits.ratio * self.archive_bytes + _RATIO_ABOVE_BYTES:
             raise ArchiveError(f"it unpacks to more than {self.limits.ratio:.0f} times its size, as decompression bombs do")
-        if n_bytes > 2 * self.limits.total_bytes + _RATIO_ABOVE_BYTES:  # headers that describe nothing
+        if n_bytes > 2 * self.limits.total_bytes + _RATIO_ABOVE_BYTES:  # an archive of headers without contents
             raise ArchiveError(f"it unpacks to far more than {self.limits.total_bytes >> 20:,} MiB, the limit for one archive")
 
 
 # ---------------------------------------------------------------------------------------------------------------------- zip
 
 
-def _zip_members(source: Path, rules: _Rules) -> Iterator[Member]:
-    with zipfile.ZipFile(source) as archive:
+def _zip_members(archive_path: Path, rules: _Rules) -> Iterator[Member]:
+    with zipfile.ZipFile(archive_path) as archive:
         entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
     _refuse_overlaps(entries)
     declared = 0
@@ -278,9 +278,9 @@ def _refuse_overlaps(entries: list[zipfile.ZipInfo]) -> None:
         end = entry.header_offset + _LOCAL_HEADER.size + entry.compress_size
 
 
-def _chunks(source: Path, member: Member) -> Iterator[bytes]:
+def _chunks(archive_path: Path, member: Member) -> Iterator[bytes]:
     """Yield the contents of a member of a zip or tar; check their size and checksum against the archive's directory."""
-    descriptor = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
+    descriptor = os.open(archive_path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         checksum = written = 0
         for chunk in _unpacked(descriptor, member):
@@ -311,7 +311,7 @@ def _unpacked(descriptor: int, member: Member) -> Iterator[bytes]:
         while chunk:
             yield inflate.decompress(chunk, _CHUNK_BYTES)
             chunk = inflate.unconsumed_tail
-    while not inflate.eof:  # what fits into one step has been given out; the rest waits inside
+    while not inflate.eof:  # the decompressor still holds output that did not fit into one chunk
         rest = inflate.decompress(b"", _CHUNK_BYTES)
         if not rest:
             raise refused(member, "is damaged: its data ends too early; pack it again")
@@ -343,7 +343,7 @@ def _start_of_data(descriptor: int, member: Member) -> int:
 
 
 def _tar_members(stream: IO[bytes], rules: _Rules) -> Iterator[tuple[Member, Iterator[bytes]]]:
-    # "r|" reads forward only: a member with a lying size cannot send the reader back for ever
+    # "r|" reads forward only, so a wrong size in a header cannot make the reader go back again and again
     counted = _Counted(stream, rules.check_ratio)
     with tarfile.open(fileobj=counted, mode="r|", encoding="utf-8", errors="surrogateescape") as archive:
         for entry in archive:
@@ -407,7 +407,7 @@ def reading_errors_named() -> Iterator[None]:
     except (zipfile.BadZipFile, tarfile.TarError, zlib.error, gzip.BadGzipFile, EOFError, UnicodeError) as error:
         raise ArchiveError(f"the archive is damaged or incomplete ({error}); pack and upload it again") from error
     except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RuntimeError, struct.error) as error:
-        # what the standard library's readers let through on malformed headers
+        # raised inside the standard library for malformed headers
         raise ArchiveError(f"the archive is malformed ({error}); pack it again with zip or tar") from error
     except OSError as error:
         if error.errno in (28, 122):

@@ -183,7 +183,7 @@ def advise_resize(facts: ImageFacts) -> ResizeAdvice:
     if spread <= SQUASH_SPREAD:
         return ResizeAdvice(
             "squash",
-            f"images are up to {elongated:.2f} times as long as wide, all of nearly one shape, so squashing bends them alike",
+            f"images are up to {elongated:.2f} times as long as wide, all of nearly one shape, so squashing distorts them alike",
         )
     return ResizeAdvice(
         "letterbox", f"images are up to {elongated:.2f} times as long as wide, in differing shapes: a crop would hide parts"
@@ -266,7 +266,7 @@ def append_note(path: Path, lines: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a", encoding="ascii") as stream:
-            stream.write(f"\n{lines}")  # a torn line of a killed process ends here
+            stream.write(f"\n{lines}")  # the line break ends a line that a killed process left incomplete
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -331,8 +331,10 @@ def _check_bad_images(dataset: Dataset, on_bad: OnBadImage, max_bad_fraction: fl
     n_missing = sum(image.is_missing for image in dataset.bad)
     parts = [(n_missing, "do not exist"), (n_bad - n_missing, "cannot be read")]
     first, *others = [(count, what) for count, what in parts if count]
-    said = f"{first[0]:,} of {plural(n_files, 'image')} {first[1]}" + "".join(f" and {count:,} {what}" for count, what in others)
-    count = f"{printable(dataset.root)}: {said}"
+    counts_text = f"{first[0]:,} of {plural(n_files, 'image')} {first[1]}" + "".join(
+        f" and {count:,} {what}" for count, what in others
+    )
+    count = f"{printable(dataset.root)}: {counts_text}"
     if on_bad == "fail":
         raise DataError(f"{count}, and data.on_bad_image is fail. Repair or remove them, or set it to quarantine.", problems)
     allowed = f"more than data.max_bad_fraction {max_bad_fraction:g} allows"

@@ -46,8 +46,8 @@ class Unpacked:
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
-    """One line of the list: a file, or a folder that the archive contains as a member."""
+class ListedMember:
+    """One line of ``members.jsonl``: a file, or a folder that the archive contains as a member."""
 
     name: bytes
     is_utf8: bool
@@ -55,8 +55,8 @@ class Held:
     size_bytes: int = 0
 
 
-def unpack_archive(source: Path, target: Path, *, limits: ArchiveLimits = DEFAULT_LIMITS) -> Unpacked:
-    """Write every regular file of the archive `source` into the folder `target`, which must not exist yet.
+def unpack_archive(archive_path: Path, target: Path, *, limits: ArchiveLimits = DEFAULT_LIMITS) -> Unpacked:
+    """Write every regular file of the archive at `archive_path` into the folder `target`, which must not exist yet.
 
     `target` is created only after everything has been written.
 
@@ -65,34 +65,34 @@ def unpack_archive(source: Path, target: Path, *, limits: ArchiveLimits = DEFAUL
         DiskFull: the disk has no room for the contents.
     """
     with reading_errors_named(), _appearing(target) as writer:
-        for member, chunks in stream_members(source, limits):
+        for member, chunks in stream_members(archive_path, limits):
             if member.is_folder:
                 writer.folder(member.name, member.is_utf8)
             else:
                 writer.file(member.name, member.is_utf8, chunks)
         if writer.n_files == 0:
             raise ArchiveError("the archive holds no files; put one folder of images for each class into it")
-    kind = kind_of_file(source)
+    kind = kind_of_file(archive_path)
     assert kind is not None
     return Unpacked(kind, writer.n_files, writer.size_bytes)
 
 
-def hold_file(source: Path, name: str, target: Path) -> int:
-    """Write a single file into the folder `target`, as the only member, under `name`; return its size."""
-    with _appearing(target) as writer, open(source, "rb") as stream:
+def store_file(file: Path, name: str, target: Path) -> int:
+    """Store a single file in the new folder `target`, as its only member, under `name`; return its size."""
+    with _appearing(target) as writer, open(file, "rb") as stream:
         writer.file(name.encode("utf-8", "surrogateescape"), True, iter(lambda: stream.read(1 << 20), b""))
     return writer.size_bytes
 
 
-def hold_again(members: Iterable[tuple[str, Path]], target: Path) -> int:
-    """Write a folder with files of another such folder under new names, as hard links; return their size.
+def link_files(members: Iterable[tuple[str, Path]], target: Path) -> int:
+    """Make the new folder `target` of files of another such folder under new names, as hard links; return their size.
 
     Args:
         members: names, and the paths of the files in the other folder, which is on the same disk.
     """
     with _appearing(target) as writer:
         for name, path in members:
-            writer.again(name, path)
+            writer.link(name, path)
     return writer.size_bytes
 
 
@@ -101,20 +101,20 @@ def is_contents(folder: Path) -> bool:
     return (folder / MEMBERS).is_file() and (folder / OBJECTS).is_dir()
 
 
-def read_members(folder: Path) -> list[Held]:
+def read_members(folder: Path) -> list[ListedMember]:
     """Return the list of such a folder.
 
     Raises:
         DataError: the list is damaged.
     """
-    held = []
+    members = []
     with open(folder / MEMBERS, encoding="utf-8") as lines:
         for line in lines:
             try:
-                held.append(_held(json.loads(line)))
+                members.append(_listed_member(json.loads(line)))
             except (ValueError, KeyError, TypeError):
                 raise DataError(f"{folder}: its list of members is damaged; upload the archive again") from None
-    return held
+    return members
 
 
 def object_path(folder: Path, sha256: str) -> Path:
@@ -122,12 +122,12 @@ def object_path(folder: Path, sha256: str) -> Path:
     return folder / OBJECTS / sha256[:2] / sha256
 
 
-def _held(line: dict[str, Any]) -> Held:
+def _listed_member(line: dict[str, Any]) -> ListedMember:
     name = bytes.fromhex(line["raw"]) if "raw" in line else str(line["name"]).encode("utf-8", "surrogateescape")
     sha256 = str(line.get("sha256", ""))
     if sha256 and not re.fullmatch("[0-9a-f]{64}", sha256):
         raise ValueError(sha256)
-    return Held(name, "raw" not in line, sha256, int(line.get("bytes", 0)))
+    return ListedMember(name, "raw" not in line, sha256, int(line.get("bytes", 0)))
 
 
 class _Writer:
@@ -154,7 +154,7 @@ class _Writer:
         self.size_bytes += n_bytes
         self._list(name, is_utf8, {"sha256": digest.hexdigest(), "bytes": n_bytes})
 
-    def again(self, name: str, path: Path) -> None:
+    def link(self, name: str, path: Path) -> None:
         place = object_path(self.root, path.name)
         place.parent.mkdir(exist_ok=True)
         if not place.exists():
@@ -165,8 +165,8 @@ class _Writer:
         self._list(name.encode("utf-8", "surrogateescape"), True, {"sha256": path.name, "bytes": n_bytes})
 
     def _list(self, name: bytes, is_utf8: bool, facts: dict[str, Any]) -> None:
-        told = {"name": name.decode()} if is_utf8 or name.isascii() else {"raw": name.hex()}
-        self.members.write(json.dumps({**told, **facts}, ensure_ascii=False) + "\n")
+        described = {"name": name.decode()} if is_utf8 or name.isascii() else {"raw": name.hex()}
+        self.members.write(json.dumps({**described, **facts}, ensure_ascii=False) + "\n")
 
 
 @contextlib.contextmanager
@@ -180,7 +180,9 @@ def _appearing(target: Path) -> Iterator[_Writer]:
         (staging / OBJECTS / ".arriving").unlink(missing_ok=True)
         os.rename(staging, target)
     except UnicodeDecodeError:
-        raise ArchiveError("the archive is malformed (a name that is said to be UTF-8 is not); pack it again") from None
+        raise ArchiveError(
+            "the archive is malformed (a name that is marked as UTF-8 is not valid UTF-8); pack it again"
+        ) from None
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DiskFull("the disk is full; free some space and upload the archive again") from error

@@ -83,8 +83,8 @@ def corrected(dataset: Dataset, path: Path) -> Dataset:
     problems += [Problem(name, "no image is left of this class") for name, label in position.items() if label not in left]
     if problems:
         raise DataError(f"{printable(path)}: does not fit the data in {dataset.root}", problems)
-    said = f"{printable(path)} corrects the data: {n_out:,} left out, {n_other:,} with another label"
-    return replace(dataset, samples=tuple(samples), understood=(*dataset.understood, said))
+    sentence = f"{printable(path)} corrects the data: {n_out:,} left out, {n_other:,} with another label"
+    return replace(dataset, samples=tuple(samples), understood=(*dataset.understood, sentence))
 
 
 def _read(path: Path) -> list[Row]:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from finetune.data.dataset import BadImage, Dataset, Sample, Split, unmeasured
 from finetune.data.layout import without_wrapping
-from finetune.data.names import same_class, why_no_class_name
+from finetune.data.names import problem_of_class_name, same_class
 from finetune.data.notes import Notes
 from finetune.data.places import Place, open_place
 from finetune.data.places.opening import NO_SPREADSHEETS, SPREADSHEETS
@@ -190,7 +190,7 @@ def _read_all(main: _Opened, validation: Location | None, test: Location | None,
 
 
 def _listed(opened: _Opened, reading: Reading, notes: Notes) -> Listing:
-    for sentence in opened.place.tree.said:
+    for sentence in opened.place.tree.remarks:
         notes.say(sentence)
     listing = opened.source.read(opened.place, reading, notes)
     if opened.source.name == "class folders" and opened.place.focus is None:
@@ -208,7 +208,7 @@ def _say_spreadsheets(opened: _Opened, notes: Notes, *, labelled: bool) -> None:
     for node in files:
         if node.suffix in SPREADSHEETS and labelled:
             notes.left_out.append(
-                f"{printable(node.path)} was left out, for spreadsheets are not read; if it names labels, save it as CSV (UTF-8)"
+                f"{printable(node.path)} was left out: spreadsheets are not read; if it contains labels, save it as CSV (UTF-8)"
             )
         elif node.suffix in SPREADSHEETS:
             notes.problem(shown_path(opened.place.tree, node.path), NO_SPREADSHEETS)
@@ -272,7 +272,7 @@ def _unite_spellings(found: _Found, notes: Notes) -> None:
         if {unicodedata.normalize("NFC", name).strip() for name in spellings} == {united}:
             notes.left_out.append(f"the labels {shown} differ only in the spaces around them; all are {united!r} now")
         else:
-            notes.left_out.append(f"the labels {shown} differ only in characters that nobody sees; all are {united!r} now")
+            notes.left_out.append(f"the labels {shown} differ only in invisible characters; all are {united!r} now")
     kept = sorted(
         name
         for spellings in spelled.values()
@@ -288,9 +288,7 @@ def _unite_spellings(found: _Found, notes: Notes) -> None:
         if len(spellings) == 1 and unicodedata.normalize("NFC", name).strip() != united
     )
     if unseen:
-        notes.left_out.append(
-            f"class names with characters that nobody sees, kept as they are given: {natural_list(map(repr, unseen))}"
-        )
+        notes.left_out.append(f"class names with invisible characters, kept as they are given: {natural_list(map(repr, unseen))}")
     renamed = {name: united for united, spellings in several.items() for name in spellings}
     if not renamed:
         return
@@ -328,7 +326,9 @@ def _check_classes(found: _Found, shown: str, notes: Notes) -> None:
             unusable = _unusable(unreadable.get(f"{place}/{printable(name)}", ()))
             notes.problem(_inside(place, name), f"class {name!r} has no images{unusable}. Add some, or remove the folder")
         elif count == 1 and "val" not in splits and found.several:
-            notes.left_out.append(f"{place}: only 1 image has the label {name!r}, so it is learnt or measured, not both")
+            notes.left_out.append(
+                f"{place}: only 1 image has the label {name!r}, so it can be trained on or tested on, but not both"
+            )
         elif count == 1 and "val" not in splits:
             hint = _separator_hint(train) if name == first_alone else ""
             notes.problem(
@@ -356,7 +356,7 @@ def _check_names(found: _Found, place: str, notes: Notes) -> None:
         spelled: dict[str, list[str]] = defaultdict(list)
         for name in found.counts(split):
             spelled[same_class(name)].append(name)
-            if (why := why_no_class_name(name)) is not None:
+            if (why := problem_of_class_name(name)) is not None:
                 notes.problem(found.places.get(split, place), f"a class name that {why}: '{printable(name)}'")
         for names in spelled.values():
             if len(names) > 1:

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 from finetune.advice import for_http
 from finetune.data.archive import DEFAULT_LIMITS, NOT_AN_ARCHIVE, ArchiveError, ArchiveLimits, archive_kind
-from finetune.data.contents import hold_file, unpack_archive
+from finetune.data.contents import store_file, unpack_archive
 from finetune.data.dataset import Dataset, LocalFile, Sample, StoredFile
 from finetune.data.index import index_dataset
 from finetune.data.places import open_place
@@ -75,7 +75,7 @@ def unpack_upload(
     request = {
         "archive": str(archive), "target": str(target), "limits": asdict(limits), "filename": filename, "labelled": labelled,
     }  # fmt: skip
-    answer = _ask(request, limits, "archive")
+    answer = _ask_child(request, limits, "archive")
     lists = {name: tuple(answer[name]) for name in ("classes", "warnings", "understood")}
     return Intake(**{**answer, **lists})
 
@@ -92,9 +92,9 @@ def check(locations: Mapping[str, Path], data: DataSpec, limits: ArchiveLimits =
         DataError: with one problem for everything that keeps the data from being used.
         ArchiveError: an archive is refused; the message names the member.
     """
-    if any(map(needs_care, locations.values())):
+    if any(map(needs_child_process, locations.values())):
         paths = {name: str(path) for name, path in locations.items()}
-        sizes: dict[str, int] = _ask({"locations": paths, "data": data.model_dump(mode="json")}, limits, "data")["sizes"]
+        sizes: dict[str, int] = _ask_child({"locations": paths, "data": data.model_dump(mode="json")}, limits, "data")["sizes"]
         return sizes
     return _index(locations, data).sizes()
 
@@ -112,7 +112,7 @@ def listed(locations: Mapping[str, Path], data: DataSpec, limits: ArchiveLimits 
         ArchiveError: an archive is refused; the message names the member.
     """
     paths = {name: str(path) for name, path in locations.items()}
-    answer = _ask({"listed": paths, "data": data.model_dump(mode="json")}, limits, "data")
+    answer = _ask_child({"listed": paths, "data": data.model_dump(mode="json")}, limits, "data")
     samples = tuple(
         Sample(id, StoredFile(Path(path), name), target if isinstance(target, int) else tuple(target), split, group, weight)
         for id, path, name, target, split, group, weight in answer["samples"]
@@ -126,7 +126,7 @@ def _index(locations: Mapping[str, Path], data: DataSpec, *, for_training: bool 
     return index_dataset(paths[0], paths[1], paths[2], for_training=for_training, reading=reading_of(data))
 
 
-def needs_care(location: Path) -> bool:
+def needs_child_process(location: Path) -> bool:
     """Return whether a location must be read in a child process: it is a file, or has tables or annotations in it."""
     if location.is_file():
         return True
@@ -134,11 +134,11 @@ def needs_care(location: Path) -> bool:
     return any(node.suffix in (".json", ".xml") or node.suffix in SUFFIXES for node in root.all_files())
 
 
-def _ask(request: Mapping[str, Any], limits: ArchiveLimits, what: str) -> dict[str, Any]:
+def _ask_child(request: Mapping[str, Any], limits: ArchiveLimits, what: str) -> dict[str, Any]:
     """Return the answer of a child process; raise the error with which it refused the data."""
     answer = _run_child(request, limits, what)
     if "refused" in answer:
-        _refuse(**answer["refused"])
+        _raise_refusal(**answer["refused"])
     return answer
 
 
@@ -156,11 +156,11 @@ def _run_child(request: Mapping[str, Any], limits: ArchiveLimits, what: str) -> 
     return answer
 
 
-def _refuse(code: str, message: str, problems: list[dict[str, str]]) -> NoReturn:
+def _raise_refusal(code: str, message: str, problems: list[dict[str, str]]) -> NoReturn:
     raise _REFUSALS[code](message, [Problem(**problem) for problem in problems])
 
 
-def _look(archive: Path, target: Path, limits: ArchiveLimits, filename: str, *, labelled: bool) -> dict[str, Any]:
+def _answer_unpack(archive: Path, target: Path, limits: ArchiveLimits, filename: str, *, labelled: bool) -> dict[str, Any]:
     """Compute the answer of `unpack_upload` as JSON values, in the child process."""
     try:
         kind, n_files, size_bytes = _unpack(archive, target, limits, filename)
@@ -190,9 +190,9 @@ def _unpack(archive: Path, target: Path, limits: ArchiveLimits, filename: str) -
         unpacked = unpack_archive(archive, target, limits=limits)
         return unpacked.kind, unpacked.n_files, unpacked.size_bytes
     if head.startswith(b"PAR1"):
-        return "parquet", 1, hold_file(archive, "data.parquet", target)
+        return "parquet", 1, store_file(archive, "data.parquet", target)
     if ending in (".jsonl", ".ndjson") and head.lstrip().startswith(b"{"):
-        return "jsonl", 1, hold_file(archive, "data.jsonl", target)
+        return "jsonl", 1, store_file(archive, "data.jsonl", target)
     if ending in (".csv", ".tsv"):
         raise DataError(_TABLE_ALONE)
     raise ArchiveError(NOT_AN_ARCHIVE)
@@ -245,7 +245,7 @@ def _limit_this_process(limits: ArchiveLimits) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
 
 
-def _look_again(locations: Mapping[str, str], data: Mapping[str, Any]) -> dict[str, Any]:
+def _answer_check(locations: Mapping[str, str], data: Mapping[str, Any]) -> dict[str, Any]:
     """Compute the answer of `check`, in the child process."""
     try:
         dataset = _index({name: Path(path) for name, path in locations.items()}, DataSpec.model_validate(data))
@@ -256,7 +256,7 @@ def _look_again(locations: Mapping[str, str], data: Mapping[str, Any]) -> dict[s
     return {"sizes": dataset.sizes()}
 
 
-def _list(locations: Mapping[str, str], data: Mapping[str, Any]) -> dict[str, Any]:
+def _answer_listed(locations: Mapping[str, str], data: Mapping[str, Any]) -> dict[str, Any]:
     """Compute the answer of `listed`, in the child process."""
     paths = {name: Path(path) for name, path in locations.items()}
     try:
@@ -276,11 +276,11 @@ def _list(locations: Mapping[str, str], data: Mapping[str, Any]) -> dict[str, An
 def answer_to(request: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the child process answers to a request of `unpack_upload`, `check` or `listed`."""
     if "listed" in request:
-        return _list(request["listed"], request["data"])
+        return _answer_listed(request["listed"], request["data"])
     if "locations" in request:
-        return _look_again(**request)
+        return _answer_check(**request)
     archive, target, limits = Path(request["archive"]), Path(request["target"]), ArchiveLimits(**request["limits"])
-    return _look(archive, target, limits, request["filename"], labelled=request["labelled"])
+    return _answer_unpack(archive, target, limits, request["filename"], labelled=request["labelled"])
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from finetune.data.dataset import SPLITS, BadImage, Split
-from finetune.data.names import class_name, in_encoding, possible_readings, why_no_class_name
+from finetune.data.names import class_name, in_encoding, possible_readings, problem_of_class_name
 from finetune.data.notes import Notes
 from finetune.data.places.tree import Folder, Node, Tree, shown_path
 from finetune.data.reading import Reading
@@ -35,7 +35,7 @@ class Layout:
     places: dict[Split | None, str] = field(default_factory=dict)
 
 
-def understand(tree: Tree, reading: Reading, notes: Notes) -> Layout:
+def find_layout(tree: Tree, reading: Reading, notes: Notes) -> Layout:
     """Find splits and classes in a tree of folders."""
     return _Reader(tree, reading, notes).read()
 
@@ -57,7 +57,7 @@ def _only_folder(folder: Folder) -> Folder | None:
     full = [inner for inner in folder.folders if inner.has_images()]
     if len(full) != 1 or any(node.is_image for node in full[0].files):
         return None
-    # Beside empty folders, which may be classes that somebody forgot to fill, it takes more to be sure.
+    # Empty folders beside it may be classes without images, so a single folder inside is not sufficient evidence.
     is_sure = len(folder.folders) == 1 or sum(inner.has_images() for inner in full[0].folders) > 1
     return full[0] if is_sure else None
 
@@ -98,7 +98,7 @@ class _Reader:
     def _say_left_out(self, whole: Folder) -> None:
         names = sorted(printable(path) for folder in whole.walk() for path in folder.left_out)
         if names:
-            self.notes.say(f"left out, as systems and programs leave them behind: {natural_list(names, 8)}")
+            self.notes.say(f"left out, as systems or programs create them: {natural_list(names, 8)}")
 
     # ---------------------------------------------------------------------------------------------------------------- splits
 
@@ -111,18 +111,18 @@ class _Reader:
         if not named:
             return {}
         deep = [folder for folder in named if self._class_names(folder)]
-        told = [folder for folder in named if self._is_told(folder)]
+        in_data_splits = [folder for folder in named if self._is_in_data_splits(folder)]
         full_others = [folder for folder in others if folder.has_images()]
-        if not deep and not told:
+        if not deep and not in_data_splits:
             return self._flat(root, named, full_others)
         unsure = [folder for folder in named if not self._certain(meanings[folder.name])]
         if unsure and not self._same_classes(deep):
-            self._ask(root, named, "their names look like splits, and what is in them does not settle it")
+            self._note_ambiguity(root, named, "their names look like splits, but their contents do not confirm it")
             return None
         if full_others and not any(self._meant(folder) == "train" for folder in deep):
-            if told:  # a test folder beside the classes, and somebody has said so
+            if in_data_splits:  # a test folder beside the classes, and data.splits says that it is one
                 return {**self._by_split(root, named), None: [_with_only(root, others)]}
-            self._ask(root, named, f"beside {_slashed(full_others[:5])} they may be splits or classes")
+            self._note_ambiguity(root, named, f"beside {_slashed(full_others[:5])} they may be splits or classes")
             return None
         if unsure:
             self.notes.say(f"{_slashed(named)} were taken for splits: their names say so, and the same class folders lie in them")
@@ -135,7 +135,7 @@ class _Reader:
 
     def _is_left_out(self, folder: Folder) -> bool:
         meaning = split_meaning(folder.name, self.reading.splits)
-        if folder.name == _UNLABELLED and meaning is None:  # CVAT's name for images that nobody has labelled
+        if folder.name == _UNLABELLED and meaning is None:  # CVAT's name for images without labels
             self.notes.say(
                 f"{printable(folder.path)}/ was left out; --set 'data.splits={{{folder.name}: class}}' makes it a class"
             )
@@ -145,7 +145,7 @@ class _Reader:
         self.notes.say(f"{printable(folder.path)}/ was left out, as data.splits says")
         return True
 
-    def _is_told(self, folder: Folder) -> bool:
+    def _is_in_data_splits(self, folder: Folder) -> bool:
         return folder.name.casefold() in {name.casefold() for name in self.reading.splits}
 
     def _certain(self, meaning: Meaning | None) -> bool:
@@ -162,11 +162,11 @@ class _Reader:
             return {} if others else self._checked(root, named, [], others)
         certain = {self._meant(folder) for folder in full if self._certain(split_meaning(folder.name, self.reading.splits))}
         if others and len(certain) < 2:
-            return {}  # "train" beside "plane" and "car"
-        self._ask(root, full, "they hold images directly, and no class folders: are they classes?")
+            return {}  # classes of that name, such as "train" beside "plane" and "car"
+        self._note_ambiguity(root, full, "they hold images directly, and no class folders: are they classes?")
         return None
 
-    def _ask(self, root: Folder, named: Sequence[Folder], why: str) -> None:
+    def _note_ambiguity(self, root: Folder, named: Sequence[Folder], why: str) -> None:
         meant = {folder.name: self._meant(folder) for folder in named}
         others = [folder.name for folder in root.folders if folder.has_images() and folder not in named]
         if len(others) == 1 and "train" not in meant.values():
@@ -201,7 +201,7 @@ class _Reader:
         for split in SPLITS:
             if of_split := [folder for folder in named if self._meant(folder) == split]:
                 by_split[split] = of_split
-                if len(of_split) > 1 and not all(map(self._is_told, of_split)):
+                if len(of_split) > 1 and not all(map(self._is_in_data_splits, of_split)):
                     self.notes.problem(
                         self._shown(root),
                         f"{_slashed(of_split)} both mean {split}; keep one of them, or say what each is with data.splits",
@@ -264,7 +264,7 @@ class _Reader:
         which = self.reading.class_folder
         if which == "auto":
             if (repeated := _repeated_inside(full)) is not None:
-                self._ask_for_level(root, full, repeated)
+                self._note_ambiguous_level(root, full, repeated)
                 return {}
             self._say_nested(full)
         return self._innermost(root) if which == "last" else self._outermost(root)
@@ -298,13 +298,13 @@ class _Reader:
     def _checked_name(self, folder: Folder) -> str | None:
         """Return the class name of a folder; note a problem if the folder's name cannot be a class name."""
         name = class_name(in_encoding(folder.name, self.reading.name_encoding))
-        why = why_no_class_name(name)
+        why = problem_of_class_name(name)
         if why is None:
             return name
         self.notes.problem(self._shown(folder), f"a class name that {why}; rename the folder{_hint_for_bytes(folder.name)}")
         return None
 
-    def _ask_for_level(self, root: Folder, full: Sequence[Folder], repeated: Sequence[str]) -> None:
+    def _note_ambiguous_level(self, root: Folder, full: Sequence[Folder], repeated: Sequence[str]) -> None:
         tops = [printable(folder.name) for folder in full]
         meant = dict(zip((folder.name for folder in full), SPLITS, strict=False))
         self.notes.problem(

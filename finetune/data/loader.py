@@ -23,7 +23,7 @@ from finetune.data.order import epoch_order, steps_per_epoch, times_before
 from finetune.data.parallel import ordered_map
 from finetune.data.pixels import PixelStore
 
-AGAIN = 1 << 20  # epochs that there are never, for the views of a sample that comes again in an epoch
+REPEATED_EPOCHS = 1 << 20  # is added to the epoch for a sample that is repeated within it, so that its views are new ones
 
 
 class Batch(NamedTuple):
@@ -93,7 +93,7 @@ class TrainLoader:
             rgb = sample.decode(lambda data: decode_image(data, short_side_px=short_side_px))
         else:
             rgb = self.pixels.read(sample, short_side_px)
-        return self.augment(rgb, sample_seed(self.seed, self.epoch + time * AGAIN, index))
+        return self.augment(rgb, sample_seed(self.seed, self.epoch + time * REPEATED_EPOCHS, index))
 
 
 def load_batches(order: np.ndarray, load: Callable[[int], np.ndarray], batch_size: int, threads: int) -> Iterator[Batch]:

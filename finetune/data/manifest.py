@@ -111,11 +111,11 @@ def require(dataset: Dataset, revision: str, folder: Path) -> None:
     if dataset.digest.startswith(revision):
         return
     try:
-        told = f": {compare(find_manifest(folder, revision), manifest_of(dataset)).sentence()}"
+        diff = f": {compare(find_manifest(folder, revision), manifest_of(dataset)).sentence()}"
     except (NotFound, DataError):
-        told = ""
+        diff = ""
     raise DataChangedError(
-        f"{printable(dataset.root)}: is revision {dataset.digest[:SHOWN_DIGITS]}, and data.revision asks for {revision}{told}. "
+        f"{printable(dataset.root)}: is revision {dataset.digest[:SHOWN_DIGITS]}, and data.revision asks for {revision}{diff}. "
         "Give the data as it was, or the revision that it is now"
     )
 

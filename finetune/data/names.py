@@ -29,17 +29,17 @@ class DecodedNames:
 
     texts: tuple[str, ...]
     encoding: str
-    said: str | None = None  # what a person should know about the choice of the encoding
+    remark: str | None = None  # how the names were decoded, if the encoding was estimated
 
 
 # In the order in which they are preferred where the evidence is equal.
 _ENCODINGS = (
-    *("cp437", "cp850", "cp932", "gbk", "big5", "cp949", "cp866"),  # of DOS and its heirs, which most zips without a flag are in
+    *("cp437", "cp850", "cp932", "gbk", "big5", "cp949", "cp866"),  # of DOS and Windows, which most zips without a flag are in
     *("cp1252", "cp1251", "cp1253", "cp1254", "cp862"),
 )
 _SHOWN_DIFFERENCES = 3
 _FEW_BYTES = 6
-_CLOSE = 0.15  # of plausibility, within which another reading is worth a word
+_CLOSE = 0.15  # of plausibility; encodings within this difference of the best one are reported
 
 
 def decode_names(raw: Sequence[bytes], encoding: str = "auto") -> DecodedNames:
@@ -62,8 +62,8 @@ def decode_names(raw: Sequence[bytes], encoding: str = "auto") -> DecodedNames:
     if as_utf8 is not None:
         by_chance = sum(len(name) - len(name.decode()) for name in foreign) < _FEW_BYTES  # few bytes may be UTF-8 by accident
         others = [(name, texts) for name, texts, value in readings if name == "cp437" or (by_chance and value > 1 - _CLOSE)]
-        said = f"names that do not tell their encoding are valid UTF-8 and were read so ({_examples(as_utf8, others)})"
-        return DecodedNames(tuple(name.decode() for name in raw), "utf-8", said)
+        remark = f"names without a stated encoding are valid UTF-8 and were read as UTF-8 ({_examples(as_utf8, others)})"
+        return DecodedNames(tuple(name.decode() for name in raw), "utf-8", remark)
     if not readings:
         texts = tuple(name.decode("utf-8", "surrogateescape") for name in raw)
         return DecodedNames(
@@ -71,15 +71,17 @@ def decode_names(raw: Sequence[bytes], encoding: str = "auto") -> DecodedNames:
         )
     best, texts, score = readings[0]
     others = [(name, other) for name, other, value in readings[1:] if other != texts and value >= score - _CLOSE]
-    said = f"names that do not tell their encoding were read as {best} ({_examples(texts, others)})"
-    return DecodedNames(tuple(name.decode(best) for name in raw), best, said + "; --set data.name_encoding=NAME chooses another")
+    remark = f"names without a stated encoding were read as {best} ({_examples(texts, others)})"
+    return DecodedNames(
+        tuple(name.decode(best) for name in raw), best, remark + "; --set data.name_encoding=NAME chooses another"
+    )
 
 
 def _in(encoding: str, name: bytes) -> str:
     try:
         return name.decode(encoding)
     except LookupError:
-        raise NameRefused(f"data.name_encoding {encoding!r} is no encoding; try utf-8, cp437, cp932, gbk or cp1252") from None
+        raise NameRefused(f"data.name_encoding {encoding!r} is not an encoding; try utf-8, cp437, cp932, gbk or cp1252") from None
     except UnicodeDecodeError:
         raise NameRefused(f"is not valid in data.name_encoding {encoding}") from None
 
@@ -134,7 +136,7 @@ def _letter_plausibility(letter: str, encoding: str) -> float:
     category = unicodedata.category(letter)
     if category[0] == "C":
         return -3.0
-    if "\uff61" <= letter <= "\uff9f":  # half-width kana: hardly anybody writes them, and many a wrong reading is full of them
+    if "\uff61" <= letter <= "\uff9f":  # half-width kana: they are rare in names, and frequent in names that are decoded wrongly
         return 0.2
     if encoding in _COMMON_LEAD_BYTES and ("\u4e00" <= letter <= "\u9fff" or "\uac00" <= letter <= "\ud7a3"):
         low, high = _COMMON_LEAD_BYTES[encoding]
@@ -157,9 +159,9 @@ def _script(letter: str) -> str:
 def _examples(texts: Sequence[str], others: Sequence[tuple[str, Sequence[str]]]) -> str:
     """Return an example of a name as it was decoded, and as other encodings would decode it."""
     position = max(range(len(texts)), key=lambda index: sum(not letter.isascii() for letter in texts[index]))
-    said = repr(_last_foreign_part(texts[position]))
+    remark = repr(_last_foreign_part(texts[position]))
     alternatives = [f"{_last_foreign_part(texts[position])!r} as {name}" for name, texts in others[:_SHOWN_DIFFERENCES]]
-    return f"{said}; it would be {natural_list(alternatives)}" if alternatives else said
+    return f"{remark}; it could also be {natural_list(alternatives)}" if alternatives else remark
 
 
 def _last_foreign_part(path: str) -> str:
@@ -206,7 +208,7 @@ def in_encoding(name: str, encoding: str) -> str:
         return name
 
 
-def why_no_class_name(name: str) -> str | None:
+def problem_of_class_name(name: str) -> str | None:
     """Return the reason why a text cannot be a class name; None if it can."""
     if not name.strip():
         return "is empty"

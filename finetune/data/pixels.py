@@ -59,7 +59,7 @@ class PixelStore:
             return
         try:
             write_atomic(path, lambda stream: np.save(stream, rgb, allow_pickle=False), mode=0o600)
-        except DiskFull:  # others need the disk more; pictures are decoded as if there were no store
+        except DiskFull:  # the image is decoded again the next time
             self.store.forget_room()
 
 
@@ -70,7 +70,7 @@ def _load(path: Path) -> np.ndarray | None:
         mark_used(path)
     except FileNotFoundError:
         return None
-    except (ValueError, EOFError):  # not what was written: the disk lost it
+    except (ValueError, EOFError):  # the file is damaged
         path.unlink(missing_ok=True)
         return None
     return rgb

@@ -1,4 +1,4 @@
-"""Views of training images, computed by processes of their own, for a GPU that would otherwise wait for them. Torch-free.
+"""Compute the views of training images in separate processes, for a GPU that would otherwise wait for them. Torch-free.
 
 Python holds its global lock for about half of the time that one view of a small photograph takes. Threads therefore compute
 hardly more views than one thread does (about 1,500 a second), and they delay the thread that gives work to the GPU. Processes do
@@ -89,7 +89,7 @@ class ViewProcesses:
             process.kill()
         for process in self._running:
             for stream in (process.stdin, process.stdout):
-                with suppress(BrokenPipeError):  # what was left to write to a process that was killed before
+                with suppress(BrokenPipeError):  # the process was killed before it had read everything
                     stream.close()  # type: ignore[union-attr]
             process.wait()
         self._running.clear()
@@ -103,9 +103,9 @@ class ViewProcesses:
             answer: _Answer = pickle.load(process.stdout)  # type: ignore[arg-type]
         except (EOFError, OSError, pickle.UnpicklingError):
             raise OutOfMemory(
-                f"one of {self.processes} processes that decode and augment images was killed, most probably for want of memory. "
-                "Give fewer threads (compute.threads), a smaller batch (hyperparameters.batch_size), or the machine more memory; "
-                "the same command goes on from the last checkpoint"
+                f"one of {self.processes} processes that decode and augment images was killed, most probably because memory ran "
+                "out. Give fewer threads (compute.threads), a smaller batch (hyperparameters.batch_size), or the machine more "
+                "memory; the same command goes on from the last checkpoint"
             ) from None
         finally:
             self._idle.put(process)
@@ -119,11 +119,12 @@ class ViewProcesses:
     def _start(self) -> None:
         if self._running:
             return
-        command = [sys.executable, "-c", f"from {__name__} import main; main()"]  # `-m` would name the pickled classes otherwise
+        # With `-m`, this module would be `__main__`, and pickled classes would not be found.
+        command = [sys.executable, "-c", f"from {__name__} import main; main()"]
         for _ in range(self.processes):
             self._running.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
         for process in self._running:
-            with suppress(BrokenPipeError):  # a process that did not live so long is noticed at its first task
+            with suppress(BrokenPipeError):  # a process that has ended already is noticed at its first task
                 _write(process.stdin, self.loader)
             self._idle.put(process)
 
@@ -135,7 +136,7 @@ def _write(stream: IO[bytes] | None, value: Any) -> None:
 
 
 def _serve(tasks: IO[bytes], answers: IO[bytes]) -> None:
-    """Answer tasks until there are no more; the first thing that is read is the loader."""
+    """Read a pickled loader, then tasks, and write the answer of each, until the parent ends."""
     loader: TrainLoader = pickle.load(tasks)
     while True:
         try:
@@ -152,9 +153,9 @@ def _serve(tasks: IO[bytes], answers: IO[bytes]) -> None:
 
 
 def main() -> None:
-    """Serve the parent process over the standard streams. Its interrupts are not ours: it ends us when it has stopped."""
+    """Answer the parent process over the standard streams. Signals are ignored: the parent ends this process when it stops."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    answers, sys.stdout = sys.stdout.buffer, sys.stderr  # what a library prints does not get among the answers
+    answers, sys.stdout = sys.stdout.buffer, sys.stderr  # the output of libraries must not mix with the answers
     with suppress(BrokenPipeError):
         _serve(sys.stdin.buffer, answers)

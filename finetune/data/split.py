@@ -57,7 +57,7 @@ def split_dataset(
     if "val" in given:
         if recorded is not None:
             raise DataError(
-                f"{printable(dataset.root)}: validation images are given, so data.split_file has nothing to say; leave out one"
+                f"{printable(dataset.root)}: validation images are given, so data.split_file has no effect; leave out one of them"
             )
         return _sorted(dataset, (replace(sample, split=sample.split or "train") for sample in dataset.samples))
     kept = [sample for sample in dataset.samples if sample.split == "test"]
@@ -93,7 +93,7 @@ def fold_datasets(dataset: Dataset, n_folds: int, *, val_fraction: float = 0.15,
             for unit, dealt_to in zip(units, dealt, strict=True)
             for sample in unit.samples
         ]
-        # The seed of another fold would choose with much the same images again.
+        # Another seed for each fold: with the same one, most val images of all folds would be the same.
         divided = replace(dataset, samples=tuple(samples))
         folds.append(split_dataset(divided, val_fraction=val_fraction, seed=seed + ((fold + 1) << 32)))
     return tuple(folds)
@@ -438,11 +438,11 @@ def _scarce(before: Dataset, divided: Dataset) -> list[str]:
     named = natural_list([f"{divided.classes[label]} (of {len(of_class[label])})" for label in scarce], 5)
     counts = [len(positions) for positions in of_class.values()]
     n_folds = next((n for n in range(MOST_PROPOSED_FOLDS, 1, -1) if all(_folds_fit(count, n) for count in counts)), None)
-    said = f"only 1 image is left to train on: {named}"
+    warning = f"only 1 image is left to train on: {named}"
     if n_folds is None:
-        return [f"{said}: add images, or merge classes"]
+        return [f"{warning}: add images, or merge classes"]
     command = f"finetune train {shlex.quote(printable(divided.root))} --folds {n_folds}"
-    return [f"{said}. Cross-validation trains and tests on all of them, and the final model trains on all: {command}"]
+    return [f"{warning}. Cross-validation trains and tests on all of them, and the final model trains on all: {command}"]
 
 
 def _far_from_asked(divided: Dataset, loose: Sequence[Sample], shares: Mapping[str, float]) -> list[str]:

@@ -35,19 +35,19 @@ def _not_importable(module: str) -> Iterator[None]:
         del sys.modules[module]
 
 
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # its import would otherwise ask the package index for news
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # without it, the import asks the package index for newer versions
 with _not_importable("albumentations.pytorch"):  # optional, not used here, and it imports PyTorch, which takes seconds
     import albumentations as A
     from albumentations.augmentations.crops.transforms import CropSizeError
 
-cv2.setNumThreads(0)  # the loader's threads share out the cores; OpenCV's own would fight them
+cv2.setNumThreads(0)  # the loader's threads use all cores already
 
 Policy = Literal["none", "light", "default", "strong"]
 
 COMPOSITES = ("OneOf", "SomeOf", "RandomOrder", "Sequential")
 # Left out: abstract classes, volumes, and what needs Python functions or files of its own.
 _NOT_OFFERED = {"DualTransform", "ImageOnlyTransform", "Transform3D", "Lambda", "TextImage"}
-# What the library raises on an image that a transform cannot take; of its own errors there is just this one.
+# The exceptions for an image that a transform cannot take; `CropSizeError` is the only one that the library defines itself.
 _REFUSALS = (CropSizeError, ValueError, TypeError, LookupError, NotImplementedError, ArithmeticError, cv2.error)
 
 
@@ -175,7 +175,7 @@ def _build(entry: Mapping[str, Mapping[str, Any]], where: str, problems: list[Pr
     if name in COMPOSITES:
         parameters["transforms"] = build_all(parameters.get("transforms", ()), f"{where}.{name}.transforms", problems)
     elif "InitSchema" in vars(transform):
-        parameters["strict"] = True  # otherwise some refusals are warnings, and defaults are taken instead
+        parameters["strict"] = True  # without it, some wrong parameters only cause a warning and are replaced by defaults
     try:
         return transform(**parameters)
     except (ValueError, TypeError) as error:

@@ -31,10 +31,10 @@ def class_findings(dataset: Dataset) -> Iterator[Finding]:
     yield from _unequal(totals, noun)
 
 
-def first_look(dataset: Dataset) -> tuple[str, ...]:
+def class_warnings(dataset: Dataset) -> tuple[str, ...]:
     """Return a sentence for each finding that needs no pixels and is not part of the other checks of every job."""
-    told = ("combined_labels", "alike_names", "small_classes", "imbalance")
-    return tuple(f"{one.title}: {one.evidence} {one.advice}" for one in class_findings(dataset) if one.kind in told)
+    reported_kinds = ("combined_labels", "alike_names", "small_classes", "imbalance")
+    return tuple(f"{one.title}: {one.evidence} {one.advice}" for one in class_findings(dataset) if one.kind in reported_kinds)
 
 
 def _combined(totals: Mapping[str, int]) -> Iterator[Finding]:
@@ -67,15 +67,18 @@ def _alike(totals: Mapping[str, int]) -> Iterator[Finding]:
         groups[_spelling(name)].append(name)
     cases = [sorted(names, key=lambda name: (-totals[name], name)) for names in groups.values() if len(names) > 1]
     if cases:
-        said = [" and ".join(f"{name!r} ({totals[name]:,})" for name in names) for names in cases]
+        shown_names = [" and ".join(f"{name!r} ({totals[name]:,})" for name in names) for names in cases]
         yield Finding(
             "alike_names",
             "doubt",
             "Classes that differ in spelling alone",
             len(cases),
-            f"{natural_list(said)} differ only in spaces and hyphens, or in forms of the same letters.",
+            f"{natural_list(shown_names)} differ only in spaces and hyphens, or in forms of the same letters.",
             "If they mean the same, give them one name (in the table or the folders, or in the manifest's column of labels).",
-            tuple(Case((), 1.0, text, names[0], case_key("alike_names", names)) for names, text in zip(cases, said, strict=True)),
+            tuple(
+                Case((), 1.0, text, names[0], case_key("alike_names", names))
+                for names, text in zip(cases, shown_names, strict=True)
+            ),
         )
 
 
@@ -87,13 +90,13 @@ def _spelling(name: str) -> str:
 def _small(totals: Mapping[str, int], noun: str) -> Iterator[Finding]:
     small = {name: count for name, count in totals.items() if count < FEW_IMAGES}
     if small:
-        said = natural_list([f"{name} ({count})" for name, count in sorted(small.items(), key=lambda pair: pair[1])], 10)
+        shown_names = natural_list([f"{name} ({count})" for name, count in sorted(small.items(), key=lambda pair: pair[1])], 10)
         yield Finding(
             "small_classes",
             "doubt",
             f"{plural_of(noun).capitalize()} with few images",
             len(small),
-            f"{said}: figures of {plural_of(noun)} with fewer than {FEW_IMAGES} images say little.",
+            f"{shown_names}: figures of {plural_of(noun)} with fewer than {FEW_IMAGES} images say little.",
             f"Add images, or merge {plural_of(noun)}.",
             tuple(
                 Case((), 1.0, f"{name}: {plural(count, 'image')}", key=case_key("small_classes", [name]))

@@ -34,7 +34,7 @@ class Case:
     score: float = 1.0
     said: str = ""
     suggested: str | None = None
-    key: str = ""  # over the kind and the bytes of the images: the same case in another copy of the data
+    key: str = ""  # hash of the kind and of the images' bytes, which is equal for the same case in another copy of the data
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ _IN_WARNINGS = {
     "conflicting_labels": r"in more than one class \(",
     "leaks": r"with the same bytes as a",
     "missing_in_split": r"^(val|test): no images of",
-}  # how `finetune.data` words the same in the warnings of a dataset
+}  # patterns of the warnings of `finetune.data` with the same meaning
 
 
 def not_in(examination: Examination, warnings: Sequence[str]) -> list[str]:

@@ -18,7 +18,7 @@ FOLDS = 5
 LEAST_LIFT = 0.3  # accuracy above always predicting the largest class, as a share of what is possible; below, nothing is doubted
 MOST_DOUBTED = 0.25  # share of the labels; with more, it is the features that do not tell the classes apart
 LEAST_IMAGES = 50
-# With any number of labels per image: the probability of a decision as given, up to which it is doubted.
+# With any number of labels per image: a decision is doubted if its probability is at most this.
 _MOST_OWN_BY_IMAGE, _MOST_OWN_BY_OTHERS = 0.05, 0.1
 LEAST_OF_A_CLASS = 5  # below, too little is known of a class to doubt a label
 MOST_LABELS = 100  # up to which each label is also predicted from the others, at a cost quadratic in their number
@@ -99,8 +99,8 @@ def doubt_label_sets(samples: Sequence[Sample], embeddings: NDArray[np.float32],
     """Return which labels are doubted if samples may have any number of them; None if there are too few images to doubt any.
 
     Each label is predicted twice by fits that have not seen the image: from its embedding, and from these predictions for all
-    labels together with the other labels that the image is given. The second knows which labels go together and which exclude
-    each other, and notices a label too many or too few; the first is not misled where one label was given in place of another.
+    labels together with the other labels that the image is given. The second uses which labels occur together and which exclude
+    each other, so it finds superfluous and missing labels; the first is not misled if one label was given in place of another.
     Images are ranked by the less favourable of both. A decision is doubted if one of them does, by the rule of `doubt_labels` for
     each label by itself, with the images that have it and those that do not as the two classes, and if that prediction also finds
     the decision as given improbable, because the labels of an image are many decisions.

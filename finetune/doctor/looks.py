@@ -133,7 +133,7 @@ def _recall(memory: Path | None) -> dict[str, Look]:
             facts: Mapping[str, Any] = json.loads(line)
             found[str(facts["sha256"])] = Look(**{key: value for key, value in facts.items() if key != "sha256"})
         except (ValueError, KeyError, TypeError):
-            continue  # a line that a killed process left torn
+            continue  # a killed process left this line incomplete
     return found
 
 

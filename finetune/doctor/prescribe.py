@@ -27,7 +27,7 @@ def write_manifest(path: Path, dataset: Dataset, examination: Examination, *, gi
     """
     out = _left_out(dataset, examination, given_splits)
     groups = _groups(dataset, examination)
-    suggested, whys = _suggestions(examination), _whys(examination)
+    suggested, whys = _suggestions(examination), _reasons(examination)
     rows = []
     confidences = examination.confidence or (None,) * len(dataset.samples)
     for sample, confidence in zip(dataset.samples, confidences, strict=True):
@@ -101,7 +101,7 @@ def _suggestions(examination: Examination) -> dict[str, str]:
     return {case.ids[0]: case.suggested for case in (finding.cases if finding else ()) if case.suggested}
 
 
-def _whys(examination: Examination) -> dict[str, list[str]]:
+def _reasons(examination: Examination) -> dict[str, list[str]]:
     found: dict[str, list[str]] = defaultdict(list)
     for finding in examination.findings:
         for case in finding.cases:

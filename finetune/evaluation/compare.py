@@ -395,6 +395,6 @@ def _check_same_images(arms: Sequence[ArmPredictions]) -> None:
         for run in arm.runs:
             if run.ids != reference.ids or run.classes != reference.classes or run.task != reference.task:
                 raise InvalidInput(
-                    f"arms {arms[0].name!r} and {arm.name!r} did not answer the same images with the same classes, so they "
+                    f"arms {arms[0].name!r} and {arm.name!r} have no predictions for the same images and classes, so they "
                     "cannot be compared image by image"
                 )

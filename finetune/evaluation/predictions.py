@@ -170,7 +170,9 @@ def read(path: Path) -> Predictions:
             if version != SCHEMA_VERSION:
                 raise InvalidInput(f"predictions of schema version {version}, this version reads {SCHEMA_VERSION}")
             if set(arrays.files) != {"header", *header["columns"]}:
-                raise InvalidInput(f"it holds {', '.join(arrays.files)} where {', '.join(header['columns'])} are promised")
+                raise InvalidInput(
+                    f"it holds {', '.join(arrays.files)} where {', '.join(header['columns'])} are listed in the header"
+                )
             columns = {name: arrays[name] for name in header["columns"]}
         classes, ids = tuple(header["classes"]), tuple(header["ids"])
         return Predictions(header["split"], header["task"], classes, ids, **{"targets": None, **columns})

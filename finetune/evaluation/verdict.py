@@ -38,7 +38,7 @@ class Standing:
     value: float  # of the headline metric, mean over runs
     cost: Mapping[str, float]  # those of `COSTS` that are known, mean over runs
 
-    def cheapness(self) -> tuple[float, ...]:
+    def cost_key(self) -> tuple[float, ...]:
         """Return a key that sorts the cheaper arm first."""
         return tuple(self.cost.get(name, float("inf")) for name in COSTS)
 
@@ -57,8 +57,8 @@ def decide_verdict(standings: Sequence[Standing], pairs: Sequence[Pair], metric:
     """Choose among the arms by the rules in the module's docstring."""
     beaten = {pair.b if pair.winner == pair.a else pair.a for pair in pairs if pair.winner is not None}
     unbeaten = [arm for arm in standings if arm.name not in beaten] or list(standings)
-    best = max(unbeaten, key=lambda arm: (arm.value, [-cost for cost in arm.cheapness()]))
-    cheapest = min(unbeaten, key=Standing.cheapness)
+    best = max(unbeaten, key=lambda arm: (arm.value, [-cost for cost in arm.cost_key()]))
+    cheapest = min(unbeaten, key=Standing.cost_key)
     pareto = tuple(arm.name for arm in standings if not any(_dominates(other, arm) for other in standings))
     if len(unbeaten) == 1:
         return Verdict(best.name, "better", _better(best, standings, pairs, metric), pareto)
@@ -66,7 +66,7 @@ def decide_verdict(standings: Sequence[Standing], pairs: Sequence[Pair], metric:
     if all(pair.equivalent for pair in of_best):
         return Verdict(cheapest.name, "equivalent", _equivalent(cheapest, unbeaten, of_best, metric), pareto)
     worse = {_other(pair, best.name) for pair in of_best if _favours(pair, best.name) and pair.p_value < PROBABLY}
-    proposed = min((arm for arm in unbeaten if arm.name not in worse), key=Standing.cheapness)
+    proposed = min((arm for arm in unbeaten if arm.name not in worse), key=Standing.cost_key)
     return Verdict(proposed.name, "undecided", _undecided(proposed, best, unbeaten, of_best, metric), pareto)
 
 
@@ -97,7 +97,7 @@ def _better(best: Standing, standings: Sequence[Standing], pairs: Sequence[Pair]
     sign = 1 if pair.a == best.name else -1
     low, high = sorted((sign * pair.headline.low, sign * pair.headline.high))
     gain = points_of(sign * pair.headline.difference, metric)
-    price = _price(best, runner_up)
+    price = _cost_ratio(best, runner_up)
     return (
         f"{best.name} is better than {natural(arm.name for arm in others)}: by {gain} over {runner_up.name} "
         f"(95 % interval {points(low, metric)} to {points(high, metric)}, p = {pair.p_adjusted:.2g} on {pair.n:,} images)"
@@ -108,11 +108,11 @@ def _better(best: Standing, standings: Sequence[Standing], pairs: Sequence[Pair]
 def _equivalent(cheapest: Standing, unbeaten: Sequence[Standing], pairs: Sequence[Pair], metric: Metric[Any]) -> str:
     margin = points_of(pairs[0].margin, metric)
     others = [arm for arm in unbeaten if arm.name != cheapest.name]
-    price = _price(max(others, key=Standing.cheapness), cheapest)
+    price = _cost_ratio(max(others, key=Standing.cost_key), cheapest)
     return (
         f"There is no difference that matters: {natural(arm.name for arm in unbeaten)} differ by at most {margin} on "
         f"{pairs[0].n:,} images, so take the cheapest, {cheapest.name}"
-        f"{f' ({max(others, key=Standing.cheapness).name} takes {price})' if price else ''}."
+        f"{f' ({max(others, key=Standing.cost_key).name} takes {price})' if price else ''}."
     )
 
 
@@ -144,9 +144,9 @@ def _undecided(
     return f"{opening}: {found}. {advice} {closing}"
 
 
-def _price(dear: Standing, cheap: Standing) -> str:
-    """Return the ratio of the training times as text, empty where a time is unknown."""
-    seconds = dear.cost.get("train_seconds"), cheap.cost.get("train_seconds")
+def _cost_ratio(arm: Standing, other: Standing) -> str:
+    """Return the ratio of the training times of two arms as text; empty if a time is unknown."""
+    seconds = arm.cost.get("train_seconds"), other.cost.get("train_seconds")
     if seconds[0] is None or seconds[1] is None or seconds[1] <= 0:
         return ""
     ratio = seconds[0] / seconds[1]

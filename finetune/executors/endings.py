@@ -32,7 +32,7 @@ class Ending:
         stalled_attempts: number of attempts in a row, this one included, that wrote no new checkpoint.
         lost_attempts: the same number, of attempts that lost their worker or their lease.
         cancelling: whether the job's owner has cancelled it.
-        handing_back: whether the worker stopped the attempt because the worker itself is stopping.
+        worker_stopping: whether the worker stopped the attempt because the worker itself is stopping.
         hung: whether the worker stopped the attempt because it had reported no progress for too long.
         disk_full: whether the disk that the run writes to has (almost) no space left.
         memory_kills: number of processes on the whole machine that the kernel killed during the attempt because memory ran out.
@@ -47,7 +47,7 @@ class Ending:
     stalled_attempts: int = 1
     lost_attempts: int = 1
     cancelling: bool = False
-    handing_back: bool = False
+    worker_stopping: bool = False
     hung: bool = False
     disk_full: bool = False
     memory_kills: int = 0
@@ -99,7 +99,7 @@ def next_action(ending: Ending, retry_base_seconds: float = 2.0) -> Finish | Try
         return Finish("failed", "out_of_memory", f"The run took {taken} of memory; its worker allows {allowed} a job. {_SMALLER}")
     if ending.exit_code == EXIT_BAD_INPUT:
         return _failed(ending, code or "invalid_input")
-    if ending.handing_back:
+    if ending.worker_stopping:
         return TryAgain("The worker was stopped; the run goes on from its newest checkpoint.", counted=None)
     if ending.exit_code == EXIT_BUSY:
         reason = "The run could not begin: another process holds its folder, or no machine was ready for it (its log says more)."
@@ -117,7 +117,7 @@ def _after_crash(ending: Ending, code: str | None, retry_base_seconds: float) ->
         return TryAgain(_description(ending), retry_base_seconds, counted="lost")
     memory_ran_out = code == "out_of_memory" or _killed_for_memory(ending)
     if ending.stalled_attempts >= (MAX_OUT_OF_MEMORY if memory_ran_out else MAX_STALLED_ATTEMPTS):
-        times = f"It ended so {ending.stalled_attempts} times in a row without a new checkpoint."
+        times = f"It ended like this {ending.stalled_attempts} times in a row without a new checkpoint."
         message = f"{_description(ending)} {times} The log ends with:\n{ending.log_tail}"
         return Finish("failed", "out_of_memory" if memory_ran_out else "stalled" if ending.hung else "crash_loop", message)
     doubled = retry_base_seconds * 2.0 ** max(ending.stalled_attempts - 1, 0)
@@ -144,7 +144,7 @@ def _description(ending: Ending) -> str:
     if ending.exit_code == -signal.SIGKILL:
         return "The run was killed (signal 9)."
     if ending.exit_code < 0:
-        return f"The run died of signal {-ending.exit_code} ({_signal_name(-ending.exit_code)})."
+        return f"The run was ended by signal {-ending.exit_code} ({_signal_name(-ending.exit_code)})."
     if ending.exit_code == EXIT_INTERRUPTED:
         return "The run was interrupted, most likely because its worker could not renew its lease in time."
     return f"The run ended with exit code {ending.exit_code}, and without a result."

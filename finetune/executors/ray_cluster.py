@@ -122,8 +122,10 @@ class RayExecutor:
             raise self._failure(what, error) from error
 
     def _failure(self, what: str, error: Exception) -> ExecutorError:
-        said = str(error).strip().partition("\n")[0][:300]
-        return ExecutorError(f"Ray at {self.address} cannot be used ({what}): {said}. Is this the address of its dashboard?")
+        first_line = str(error).strip().partition("\n")[0][:300]
+        return ExecutorError(
+            f"Ray at {self.address} cannot be used ({what}): {first_line}. Is this the address of its dashboard?"
+        )
 
 
 def shell_line(command: Sequence[str], log: Path) -> str:

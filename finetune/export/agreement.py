@@ -73,7 +73,7 @@ class Parity:
             if not difference <= PROB_TOLERANCE:
                 found.append(Problem(where, f"probabilities differ by {difference:.2g}, allowed is {PROB_TOLERANCE:g}"))
             if n_flips:
-                found.append(Problem(where, f"{n_flips} answers have another top-1 label"))
+                found.append(Problem(where, f"{n_flips} predictions have another top-1 label"))
         if self.max_cam_error is not None and not self.max_cam_error <= CAM_TOLERANCE:
             found.append(Problem("cam", f"mean(cam) + bias misses the logit by {self.max_cam_error:.2g} of the largest logit"))
         return found

@@ -126,7 +126,7 @@ def export_bundle(
         ExportError: the outputs of the exported model differ from the trained network's, or there are no samples.
     """
     if not samples:
-        raise ExportError("a bundle is checked on real images before it counts, and none were given: pass validation samples")
+        raise ExportError("an exported bundle is checked on images, and none were given: pass validation samples")
     progress(Progress("exporting", 0, 3, "steps", message="comparing the export with the trained network"))
     compared = parity_samples(samples)
     files = [sample.read() for sample in compared]
@@ -137,7 +137,9 @@ def export_bundle(
     reference = network.reference(compared, images)
     report = parity(reference, images, predictor, files)
     if problems := report.problems():
-        raise ExportError(f"{network.backbone.name}: the exported model does not answer as the trained one does", problems)
+        raise ExportError(
+            f"{network.backbone.name}: the exported model does not give the predictions of the trained one", problems
+        )
     reference.when_agreed()
     manifest = dataclasses.replace(manifest, parity=report.to_dict())
     if quantize == "int8":

@@ -50,7 +50,7 @@ class Quantization:
         change = f"{self.metric} on {self.n_images} images is {self.int8:.4f}, in float32 {self.float32:.4f}"
         if self.kept:
             return f"quantised to int8: {change}; {self.bytes_float32 / self.bytes_int8:.1f} times smaller"
-        return f"not quantised, the model stays float32: in int8 {change}, and more than {MAX_LOSS:.0%} is not given up"
+        return f"not quantised, the model stays float32: in int8 {change}, and more than {MAX_LOSS:.0%} is not accepted"
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "sentence": self.sentence}

@@ -24,7 +24,7 @@ from finetune.model.tried import Trial
 from finetune.runtime.memory import memory_errors_named
 from finetune.runtime.session import INPUT_NAME, open_session
 
-NO_MEMORY = "not tried to the end: it takes more memory than the trial may use"
+NO_MEMORY = "stopped, because it takes more memory than the trial may use"
 
 _N_CLASSES = 5
 _BATCH = 2

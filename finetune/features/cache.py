@@ -186,7 +186,8 @@ class ShardWriter:
         self._count, self._seconds = 0, Seconds()
         if len(keys):
             shard = self._folder / f"{uuid.uuid4().hex}.shard"
-            write_atomic(shard, lambda stream: _write_shard(stream, keys, rows, seconds), mode=0o600)  # made of private images
+            # Only for this user: they are computed from private images.
+            write_atomic(shard, lambda stream: _write_shard(stream, keys, rows, seconds), mode=0o600)
 
 
 # Format of a shard: the rows, their keys, a JSON description with the checksums of both, and a tail of `_TAIL_BYTES`.

@@ -217,7 +217,7 @@ def _open_onnx(
     with on_threads(1):  # meanwhile the other cores decode images
         cosine = agreement(engine.run(images), plain.run(images))
     if not cosine > LEAST_AGREEMENT:
-        raise _Disagreement(f"ONNX Runtime's output has a cosine of {cosine:.6f} with PyTorch's, {LEAST_AGREEMENT} is asked for")
+        raise _Disagreement(f"ONNX Runtime's output has a cosine of {cosine:.6f} with PyTorch's, {LEAST_AGREEMENT} is required")
     write_atomic(file, lambda stream: stream.write(model))
     write_json(comparison, {"sha256": hashlib.sha256(model).hexdigest(), "cosine": cosine, "images": len(images)})
     return engine

@@ -171,7 +171,7 @@ def find_rows(prefix: Prefix, samples: Sequence[Sample], preprocess: Preprocess,
     return rows_of(prefix, preprocess, "float32", engine_name, store).find(keys)
 
 
-def keep_rows(
+def store_rows(
     rows: NDArray[np.float32],
     prefix: Prefix,
     samples: Sequence[Sample],
@@ -258,7 +258,7 @@ class FrozenRows:
         meter = _Meter(self.context.progress, self.n_missing, "images" if self.views.count == 1 else "views")
         with contextlib.ExitStack() as stack:
             decoded = self._decoded_chunks(stack)
-            store = stack.enter_context(self._keeping(keep, required=out is None))
+            store = stack.enter_context(self._storing(keep, required=out is None))
             ready_at = before = time.perf_counter()
             for chunk, rows, running in self._run_chunks(decoded, stack):
                 failed |= chunk.failed
@@ -394,7 +394,7 @@ class FrozenRows:
         return _Decoded(*found, failed, thread_clock() - began, time.perf_counter())
 
     @contextlib.contextmanager
-    def _keeping(self, keep: bool, required: bool) -> Iterator[Callable[[NDArray[np.uint8], NDArray[np.float32], Seconds], None]]:
+    def _storing(self, keep: bool, required: bool) -> Iterator[Callable[[NDArray[np.uint8], NDArray[np.float32], Seconds], None]]:
         """Yield a function that caches rows under keys; all of them are written when the block ends, also if it raises.
 
         Args:

@@ -186,7 +186,7 @@ def stored_by(connection: Connection, owner: str) -> int:
     return sum(int(connection.execute(total).scalar_one()) for total in totals)
 
 
-def hold_files(connection: Connection, file_ids: Collection[str]) -> None:
+def lock_files(connection: Connection, file_ids: Collection[str]) -> None:
     """Keep uploads from being deleted until the transaction that queues their reader ends. Raises NotFound if one is gone.
 
     SQLite's write lock is sufficient by itself; PostgreSQL locks the rows, as the deletion does.

@@ -100,7 +100,7 @@ BATCH = Kind(
     title="batch prediction",
     command="predict",
     result="batch.json",
-    describe=lambda spec: f"images answered by {spec['model']}",
+    describe=lambda spec: f"images predicted by {spec['model']}",
     conclude=lambda result: f"{result['summary']}.",
     registered=lambda result: None,
     trains=False,
@@ -128,7 +128,7 @@ def can_train() -> bool:
     return all(importlib.util.find_spec(name) is not None for name in _TRAINING_MODULES)
 
 
-def kinds_carried_out_here() -> tuple[str, ...]:
+def runnable_kinds() -> tuple[str, ...]:
     """Return the names of the kinds whose libraries are installed here: without torch, batch predictions only."""
     trains = can_train()
     return tuple(kind.name for kind in KINDS.values() if trains or not kind.trains)

@@ -124,17 +124,18 @@ def release_lost(connection: Connection, row: RowMapping, now: float) -> None:
     lost, counts = f"Worker {row['lease_owner']} stopped renewing its lease", attempt_counts(row, "lost")
     ended = {"finished_at": end_time(row, now)}
     if row["state"] == "cancelling":
-        values, kind, level, said = {**ended, "state": "cancelled"}, "cancelled", "info", "The job was cancelled."
+        values, kind, level, text = {**ended, "state": "cancelled"}, "cancelled", "info", "The job was cancelled."
     elif counts["lost_attempts"] >= MAX_LOST_ATTEMPTS:
-        said = (
-            f"{lost}, as {MAX_LOST_ATTEMPTS - 1} did before it; the job itself seems to end them, most often for want of memory."
+        text = (
+            f"{lost}, as {MAX_LOST_ATTEMPTS - 1} did before it; the job itself seems to end them, most often for lack of memory."
         )
-        values, kind, level = {**ended, "state": "failed", "error_code": "crash_loop", "error_message": said}, "failed", "error"
+        values = {**ended, "state": "failed", "error_code": "crash_loop", "error_message": text}
+        kind, level = "failed", "error"
     else:
         values, kind, level = {"state": "queued", "not_before": 0.0}, "worker_lost", "warning"
-        said = f"{lost}; the job is queued again and resumes."
+        text = f"{lost}; the job is queued again and resumes."
     connection.execute(update(jobs).where(jobs.c.id == row["id"]).values({**released(), **counts, **values}))
-    record_event(connection, row["id"], now, kind, said, level=level)
+    record_event(connection, row["id"], now, kind, text, level=level)
 
 
 def record_event(

@@ -149,7 +149,7 @@ def resolve_within(seconds: float, resolver: Resolve, host: str, port: int) -> S
         OSError: the name cannot be resolved.
     """
     if not _resolving.acquire(blocking=False):
-        raise TimeoutError(f"{_RESOLVING_AT_ONCE} other host names have waited too long for an answer of their name servers")
+        raise TimeoutError(f"{_RESOLVING_AT_ONCE} other host names are still waiting for their name servers")
     found: Future[Sequence[str]] = Future()
 
     def work() -> None:
@@ -193,7 +193,7 @@ class _Answer(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         if not self._room:
-            raise http.client.HTTPException(f"the head of the answer is larger than {_MAX_HEAD_BYTES:,} bytes")
+            raise http.client.HTTPException(f"the headers of the response are larger than {_MAX_HEAD_BYTES:,} bytes")
         self._sock.settimeout(self._deadline.left())  # a plain timeout would restart with each byte
         received = self._sock.recv_into(memoryview(buffer)[: self._room])
         self._room -= received
@@ -279,7 +279,7 @@ def post(
 
 
 def attempt(webhook: Webhook, delivery: Delivery, reachable: Reachable, now: float) -> tuple[int | None, str | None]:
-    """Try a delivery; return the response's status, and why it failed or None if it succeeded."""
+    """Try a delivery; return the response's status, and why it failed, None if it succeeded."""
     headers = {
         "content-type": "application/json",
         "user-agent": "finetune-webhooks",
@@ -355,7 +355,7 @@ class Sender:
         if not self._free.acquire(blocking=False):
             return False
         try:
-            taken = self._store().claim_due(time.time(), but_not_of=tuple(self._busy))
+            taken = self._store().claim_due(time.time(), except_for=tuple(self._busy))
         except BaseException:
             self._free.release()
             raise
@@ -373,7 +373,7 @@ class Sender:
             if error is not None:
                 log.warning("webhook %s, %s: %s", webhook.id, delivery.type, error)
         except FinetuneError as error:  # the result was not recorded, so the delivery will be repeated
-            log.warning("webhook %s: what came of a delivery could not be written: %s", webhook.id, error)
+            log.warning("webhook %s: the result of a delivery could not be recorded: %s", webhook.id, error)
         finally:
             self._busy.discard(webhook.id)
             self._free.release()

@@ -31,7 +31,7 @@ from finetune.jobs.creation import (
     remember_object,
 )
 from finetune.jobs.database import reading, writing
-from finetune.jobs.files import check_not_full, hold_files, stored_by
+from finetune.jobs.files import check_not_full, lock_files, stored_by
 from finetune.jobs.job import Claim, Event, Job, job_of, storable_text, to_json
 from finetune.jobs.kinds import BATCH, KINDS, TRAINING, Kind
 from finetune.jobs.rows import (
@@ -102,7 +102,7 @@ class JobStore:
             earlier = earlier_object(connection, owner, idempotency_key, body_sha256)
             if earlier is not None:
                 return job_of(job_row(connection, earlier, owner)), False
-            hold_files(connection, reads)
+            lock_files(connection, reads)
             if suffix is not None and not any_suffix and model_owner(connection, suffix) not in (None, owner):
                 raise NameTaken(suffix)
             if max_queued is not None:
@@ -194,7 +194,7 @@ class JobStore:
                 record_event(connection, job_id, now, "cancelled", "The job was cancelled while it was queued.")
             elif row["state"] == "running":
                 connection.execute(update(jobs).where(jobs.c.id == job_id).values(state="cancelling", cancel_requested_at=now))
-                record_event(connection, job_id, now, "cancelling", "Cancelling was asked for.")
+                record_event(connection, job_id, now, "cancelling", "Cancellation was requested.")
             return job_of(job_row(connection, job_id, owner))
 
     def delete(self, job_id: str, owner: str | None = None, kind: Kind | None = None) -> None:
@@ -324,9 +324,11 @@ class JobStore:
                 "stored_bytes": stored_bytes,
             }
             write_held(connection, claim, {**released(), **values, "state": state, "finished_at": end_time(row, now)})
-            said = error_message or message or f"The job {_ENDED[state]}."
+            event_message = error_message or message or f"The job {_ENDED[state]}."
             level = "error" if state == "failed" else "info"
-            record_event(connection, claim.job.id, now, state, said, level=level, data={"code": error_code} if error_code else {})
+            record_event(
+                connection, claim.job.id, now, state, event_message, level=level, data={"code": error_code} if error_code else {}
+            )
 
     def requeue(
         self, claim: Claim, reason: str, *, delay_seconds: float = 0.0, counted: Literal["stalled", "lost"] | None = "stalled"

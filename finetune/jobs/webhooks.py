@@ -135,13 +135,13 @@ class WebhookStore:
         with reading(self.engine) as connection:
             return [Delivery(**row) for row in connection.execute(newest).mappings().all()]
 
-    def claim_due(self, now: float, but_not_of: Sequence[str] = ()) -> tuple[Webhook, Delivery] | None:
+    def claim_due(self, now: float, except_for: Sequence[str] = ()) -> tuple[Webhook, Delivery] | None:
         """Return a delivery that is due and reserve it for `_ATTEMPT_SECONDS`; None if none is due.
 
         Args:
-            but_not_of: ids of webhooks to skip.
+            except_for: ids of webhooks to skip.
         """
-        wanted = and_(webhook_deliveries.c.due_at <= now, webhook_deliveries.c.webhook_id.not_in(but_not_of))
+        wanted = and_(webhook_deliveries.c.due_at <= now, webhook_deliveries.c.webhook_id.not_in(except_for))
         due = select(webhook_deliveries).where(wanted).order_by(webhook_deliveries.c.due_at).limit(1)
         with reading(self.engine) as connection:
             if connection.execute(due).first() is None:
@@ -196,7 +196,7 @@ def _problem_of_url(url: str) -> str | None:
     try:
         parts = urlsplit(url)
     except ValueError:
-        return "what stands in square brackets is not an IPv6 address"
+        return "the text in square brackets is not an IPv6 address"
     try:
         port_is_wrong = parts.port == 0
     except ValueError:
@@ -214,7 +214,7 @@ def _problem_of_host(host: str, *, in_brackets: bool) -> str | None:
     if not host:
         return "the host is missing"
     if in_brackets:
-        return "an address with a zone (%) means something on one machine alone" if "%" in host else None
+        return "an address with a zone (%) is valid on one machine only" if "%" in host else None
     labels = host.removesuffix(".").split(".")
     if len(host) > _MAX_HOST or not all(map(_HOST_LABEL.fullmatch, labels)):
         return f"{host[:80]!r} is not the name of a host (parts of 1 to 63 letters, digits and hyphens, with dots between them)"

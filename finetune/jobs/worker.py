@@ -53,12 +53,12 @@ _TRACKING_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class WorkerSettings:
-    """How a worker works.
+    """The settings of a worker.
 
     Args:
         slots: number of concurrent attempts; with GPUs at most one on each.
         threads: CPU threads, divided among the slots.
-        beat_seconds: how often a lease is renewed; a fraction of the lease.
+        heartbeat_seconds: how often a lease is renewed; a fraction of the lease.
         cancel_grace_seconds: how long a run may take to write a checkpoint when it is asked to stop.
         stall_seconds: a run that writes nothing for this long counts as hung.
         retry_base_seconds: the pause after the first failed attempt; it doubles with each further one without progress.
@@ -71,7 +71,7 @@ class WorkerSettings:
     slots: int = 1
     threads: int = field(default_factory=available_cores)
     gpus: tuple[int, ...] = ()
-    beat_seconds: float = 5.0
+    heartbeat_seconds: float = 5.0
     cancel_grace_seconds: float = 20.0
     stall_seconds: float = 1800.0
     retry_base_seconds: float = 2.0
@@ -91,14 +91,14 @@ class _Attempt:
     claim: Claim
     run: RunDir
     handle: Handle
-    lease_file: Path  # one per claim: a worker that lost the job must not write the next worker's
+    lease_file: Path  # one for each claim, so that a worker that lost the job cannot write that of the next worker
     gpus: tuple[int, ...]
     milestones_before: frozenset[str]
     memory_kills_before: int
     exit_code: int | None = None
-    beat_at: float = -math.inf  # monotonic seconds, as all times here
+    heartbeat_at: float = -math.inf  # monotonic seconds, as all times here
     looked_at: float = -math.inf
-    moved_at: float = field(default_factory=time.monotonic)  # when the run last wrote something
+    written_at: float = field(default_factory=time.monotonic)  # when the run last wrote something
     mtimes: tuple[int | None, ...] = ()
     n_records: int = 0
     cancelling: bool = False
@@ -148,7 +148,7 @@ class Worker:
             self._watch_safely(attempt)
         now = time.monotonic()
         try:
-            if now - self._reaped_at >= self.settings.beat_seconds:
+            if now - self._reaped_at >= self.settings.heartbeat_seconds:
                 self._reaped_at = now
                 for job_id in self.store.reap():
                     log.warning("%s: its worker is gone", job_id)
@@ -226,16 +226,16 @@ class Worker:
             self._abandon(attempt)
         except (StoreError, DiskFull, ExecutorError, OSError) as error:
             log.warning("%s: %s", attempt.claim.job.id, error)
-            attempt.beat_at = time.monotonic() - self.settings.beat_seconds + _CANCEL_POLL_SECONDS
+            attempt.heartbeat_at = time.monotonic() - self.settings.heartbeat_seconds + _CANCEL_POLL_SECONDS
 
     def _watch(self, attempt: _Attempt) -> None:
         now = time.monotonic()
         if attempt.exit_code is None:
             attempt.exit_code = self.executor.poll(attempt.handle)
             if attempt.exit_code is not None:
-                attempt.beat_at = -math.inf  # settle at once
+                attempt.heartbeat_at = -math.inf  # the next heartbeat is due at once
         self._check_memory(attempt, now)
-        if now - attempt.beat_at >= self.settings.beat_seconds:
+        if now - attempt.heartbeat_at >= self.settings.heartbeat_seconds:
             self._heartbeat(attempt)
             if attempt.exit_code is not None:
                 self._finish_attempt(attempt, attempt.exit_code)
@@ -246,7 +246,7 @@ class Worker:
 
     def _heartbeat(self, attempt: _Attempt) -> None:
         """Renew the lease, store what the run has written since the last call, and check that it has not stalled."""
-        attempt.beat_at = time.monotonic()
+        attempt.heartbeat_at = time.monotonic()
         asked_at = machine_time()
         self._check_for_stall(attempt)
         progress = read_json(attempt.run.progress) if attempt.run.progress.exists() else None
@@ -271,8 +271,8 @@ class Worker:
         watched = (run.progress, run.metrics, run.events, run.checkpoints, run.log)
         mtimes = tuple(map(modified_ns, watched))
         if mtimes != attempt.mtimes:
-            attempt.mtimes, attempt.moved_at = mtimes, time.monotonic()
-        elif attempt.exit_code is None and time.monotonic() - attempt.moved_at > self.settings.stall_seconds:
+            attempt.mtimes, attempt.written_at = mtimes, time.monotonic()
+        elif attempt.exit_code is None and time.monotonic() - attempt.written_at > self.settings.stall_seconds:
             attempt.hung = True
             self.executor.cancel(attempt.handle, grace_seconds=0)
 
@@ -306,7 +306,7 @@ class Worker:
             stalled_attempts=stalled_attempts,
             lost_attempts=lost_attempts,
             cancelling=attempt.cancelling,
-            handing_back=bool(self._stop_signals),
+            worker_stopping=bool(self._stop_signals),
             hung=attempt.hung,
             disk_full=self._disk_is_full(),
             memory_kills=_memory_kills() - attempt.memory_kills_before,
@@ -334,7 +334,7 @@ class Worker:
         self._forget(attempt)
 
     def _record_span(self, tracing: Tracing, attempt: _Attempt, ending: str) -> None:
-        """Record a tracing span of the attempt with child spans for its phases, whose times are as exact as the heartbeats."""
+        """Record a tracing span of the attempt with a child span for each phase, dated by heartbeats."""
         job, ended = attempt.claim.job, time.time()
         about: Attributes = {"finetune.job": job.id, "finetune.attempt": job.attempts, "finetune.ending": ending}
         parent = tracing.add(f"{job.kind.title} {job.kind.describe(job.spec)}", attempt.began, ended, about)
@@ -364,7 +364,7 @@ class Worker:
 
         If the database does not accept the jobs for as long as a lease lasts, they are left until their leases expire.
         """
-        log.info("worker %s stops; %d jobs are handed back", self.settings.name, len(self._attempts))
+        log.info("worker %s stops; %d jobs are returned to the queue", self.settings.name, len(self._attempts))
         until = time.monotonic() + self.settings.cancel_grace_seconds + self.store.lease_seconds
         self._stop_all_attempts(self.settings.cancel_grace_seconds)
         while self._attempts and time.monotonic() < until:
@@ -374,7 +374,7 @@ class Worker:
                 self._watch_safely(attempt)
             time.sleep(_TICK_SECONDS)
         for job_id in self._attempts:
-            log.warning("%s could not be handed back; its lease will end", job_id)
+            log.warning("%s could not be returned to the queue; its lease will end", job_id)
 
     def _stop_all_attempts(self, grace_seconds: float) -> None:
         for attempt in self._attempts.values():

@@ -22,7 +22,7 @@ from torch.nn import functional
 from finetune.bundle.preprocess import Preprocess, Resize
 from finetune.bundle.weights import Origin
 from finetune.errors import InvalidInput, UnknownBackbone
-from finetune.model.stages import Layout, Stage, Trace, lay_out, shares_tensors, watch
+from finetune.model.stages import Layout, Stage, Trace, divide_into_stages, record_calls, shares_tensors
 from finetune.model.weights import Weights, load_weights, resolve_weights, weights_of_origin
 
 # timm's crop modes and our resize modes.
@@ -35,7 +35,7 @@ _SEVERAL_MAPS_NOTE = (
 
 # VGG's pretrained layers after pooling are deliberately left out.
 _VGG_NOTE = (
-    "the fully connected fc6 and fc7 are left out: the head stands on the global average of the last convolution, "
+    "the fully connected fc6 and fc7 are left out: the head uses the global average of the last convolution, "
     "which makes the activation map exact and saves nine tenths of the parameters"
 )
 
@@ -176,7 +176,7 @@ def build_backbone(
     _drop_unused(module, trace, readout)
     load_weights(module, found)
     second = _trace_noise(name, module, found, preprocess.input_size_px, seed=1) if shares_tensors(trace) else None
-    layout = lay_out(module, trace, second)
+    layout = divide_into_stages(module, trace, second)
     n_features = (trace.pre_logits if readout.kind == "own" else feature_format.as_map(trace.features)).shape[1]
     # LeViT and others cache tensors that they compute in eval mode; switching to train mode clears these caches.
     module.train().eval()
@@ -249,7 +249,7 @@ def _trace_noise(name: str, module: nn.Module, weights: Weights, input_size_px: 
     """
     image = 2 * torch.rand(1, 3, *input_size_px, generator=torch.Generator().manual_seed(seed)) - 1
     try:
-        trace = watch(module.eval(), image)
+        trace = record_calls(module.eval(), image)
     except (RuntimeError, AssertionError, ValueError) as error:
         raise _wrong_size(name, weights, input_size_px[0], str(error)) from None
     if not _is_feature_map(trace.features) and not _are_feature_maps(trace.features):
@@ -313,7 +313,7 @@ def _readout(module: nn.Module, trace: Trace, feature_format: FeatureFormat) -> 
     if not layers:
         is_mean = mean.shape == trace.pre_logits.shape and torch.allclose(mean, trace.pre_logits, rtol=1e-3, atol=1e-4)
         return Readout(
-            "linear", note="" if is_mean else "the head stands on the mean over positions, not on the network's own pooling"
+            "linear", note="" if is_mean else "the head uses the mean over positions, not on the network's own pooling"
         )
     norm = module.get_submodule(layers[0])
     if len(layers) == 1 and isinstance(norm, nn.LayerNorm) and tuple(norm.normalized_shape) == tuple(mean.shape[1:]):

@@ -98,7 +98,7 @@ class Trace:
     pre_logits: Tensor  # (1, D) the input of the original classifier
 
 
-def watch(module: nn.Module, image: Tensor) -> Trace:
+def record_calls(module: nn.Module, image: Tensor) -> Trace:
     """Run one image (1, 3, h, w) through a timm backbone in eval mode and record every module call.
 
     If gradients are enabled, `requires_grad` of the recorded tensors shows which were computed from parameters.
@@ -133,7 +133,7 @@ def watch(module: nn.Module, image: Tensor) -> Trace:
     return Trace(tuple(calls[:n_feature_calls]), head_calls, image, features, pre_logits)
 
 
-def lay_out(module: nn.Module, trace: Trace, second: Trace | None = None) -> Layout:
+def divide_into_stages(module: nn.Module, trace: Trace, second: Trace | None = None) -> Layout:
     """Divide a backbone into stages.
 
     Args:

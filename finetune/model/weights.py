@@ -118,7 +118,7 @@ def weights_of_origin(origin: Origin, cache: Path | None = None) -> Weights:
     if found.sha256 != recorded.get("sha256"):
         raise WeightsError(
             f"{origin.reference} was trained on the weights {recorded.get('identifier')} with the sha256 "
-            f"{recorded.get('sha256')}, and what is found there now has {found.sha256}: put the earlier file back"
+            f"{recorded.get('sha256')}, but the file there now has {found.sha256}: restore the earlier file"
         )
     return replace(found, license=recorded.get("license"), origin=origin)
 

@@ -34,7 +34,7 @@ class Alarm:
 
     since: float | None = None  # begin of the drift, Unix seconds; None: no drift
     last_seen: int = 0  # number of predictions when drift was last found
-    looked_at: int = 0  # how many answers there had been when it was last looked for
+    looked_at: int = 0  # number of predictions when drift was last tested
 
 
 class Window:

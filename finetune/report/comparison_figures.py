@@ -95,7 +95,9 @@ def _cost(arms: Sequence[Mapping[str, Any]], key: str, metric: Metric[Any], pare
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: duration(value)))
     axes.xaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
     axes.margins(x=0.25, y=0.15)
-    axes.set(title=f"{metric.label.capitalize()} over training time; filled: nothing is as good for less", xlabel="training time")
+    axes.set(
+        title=f"{metric.label.capitalize()} over training time; filled: no arm is as good at lower cost", xlabel="training time"
+    )
     if metric.percent:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
     return figure
@@ -114,7 +116,7 @@ def _classes(arms: Sequence[str], rows: Sequence[tuple[str, int, Sequence[float]
     axes.set_yticks(range(len(rows)), [f"{name} ({n})" for name, n, _ in reversed(rows)])
     axes.set_ylim(-0.7, len(rows) - 0.3)
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axes.set(title="How many images of each class are found, by arm; images in brackets")
+    axes.set(title="Recall of each class by arm; number of images in brackets")
     handles = [
         axes.plot([], [], MARKERS[index % len(MARKERS)], color=COLOURS[index % len(COLOURS)], linestyle="", label=name)[0]
         for index, name in enumerate(arms)

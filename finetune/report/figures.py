@@ -131,9 +131,9 @@ def learning_curves(records: Sequence[Record], task: Task, phases: Sequence[Mapp
         value = None if best is None else dict(curves["val"]).get(best)
         if best is not None and value is not None:
             axes.plot([best], [value], "o", markersize=9, markerfacecolor="none", markeredgecolor=BEST, markeredgewidth=1.8)
-            told = f"{value:.1%}" if percent else f"{value:.3f}"
+            value_shown = f"{value:.1%}" if percent else f"{value:.3f}"
             where = f"at epoch {best:g}" if name == task.headline.key else "there"
-            title += f"{chr(10) if len(panels) > 2 else ' · '}val {told} {where}"
+            title += f"{chr(10) if len(panels) > 2 else ' · '}val {value_shown} {where}"
         axes.set(title=title, xlabel="epoch")
         axes.margins(y=0.18)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -330,7 +330,7 @@ def accuracy_coverage(curve: AccuracyCoverage, calibration: Calibration | None =
                 [checked["answered"]], [checked["value"]], yerr=errors, fmt="D", color=TRAIN, markersize=6, capsize=4,
                 label=f"where it abstains: answers {checked['answered']:.0%}",
             )  # fmt: skip
-    axes.set(xlabel="share of images answered, the surest first", ylabel="accuracy", xlim=(0, 1.01))
+    axes.set(xlabel="share of images answered, the most confident first", ylabel="accuracy", xlim=(0, 1.01))
     axes.set_ylim(max(0.0, min(curve.accuracy) - 0.12), 1.01)
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))

@@ -37,7 +37,7 @@ _FITTING_CLASSES = 50  # a larger confusion matrix is shown in full size with sc
 _SPLIT_TITLES = {
     "cv": "cross-validation",
     "cv_unseen": "cross-validation, without near duplicates of training images",
-    "val": "val (which chose the weights)",
+    "val": "val (on which the weights were chosen)",
     "test_unseen": "test, without images that were trained on",
     "val_unseen": "val, without images that were trained on",
 }
@@ -45,14 +45,14 @@ _CARD_METRICS = ("micro_f1", "macro_f1", "mean_per_class_accuracy", "exact_match
 _FOLD_METRICS = ("macro_f1", "mean_per_class_accuracy", "exact_match", "loss")  # an ECE of few images is biased
 _TRAINING_FIGURES = ("l2_path", "learning_curves", "stage_signals", "learning_rate")
 _CAPTIONS = {
-    "l2_path": "The head is solved, not stepped: its L2 strength is the one with the lowest held-out loss.",
-    "learning_curves": "The metric that chooses the epoch, and the loss, by epoch. The ring marks the epoch that val chose.",
+    "l2_path": "The head is solved without optimiser steps; its L2 strength is the one with the lowest held-out loss.",
+    "learning_curves": "The metric that chooses the epoch, and the loss, by epoch. The ring marks the epoch chosen on val.",
     "stage_signals": "Per stage, running medians: gradient norm before clipping, and step norm over weight norm.",
     "learning_rate": "Learning rate by step.",
-    "fold_scores": "Each fold on what it held out, the mean over folds with its 95 % interval, and all answers pooled.",
+    "fold_scores": "Each fold on what it held out, the mean over folds with its 95 % interval, and all predictions pooled.",
     "confusion": "Rows are true classes, columns what was predicted; shade is the share of the row.",
-    "reliability": "Below the dashed line the model is surer than it is right. Small bins are noisy.",
-    "accuracy_coverage": "Answering only the images that the model is surest of: the fewer, the more accurate.",
+    "reliability": "Below the dashed line the model is overconfident. Small bins are noisy.",
+    "accuracy_coverage": "Accuracy if only the most confident predictions are given: the fewer, the more accurate.",
 }
 
 
@@ -237,9 +237,9 @@ def _folds(found: CrossValidation) -> dict[str, Any]:
     said = (
         f"Expect {headline.label} {headline.text(expected.mean)}, 95 % interval {headline.text(expected.interval[0])} – "
         f"{headline.text(expected.interval[1])} (Student's t over the folds, widened as they share training images; Nadeau & "
-        "Bengio 2003), which is for what training in this way comes to on average. Pooled, over the answers of models that had "
-        f"not seen the image, it is {headline.text(pooled.values[headline.key])} on {pooled.n:,} images, 95 % interval {low} – "
-        f"{high}, which is for these models on more such images."
+        "Bengio 2003), which estimates the mean over repeated training. Pooled, with each image predicted by a model that had "
+        f"not seen it, it is {headline.text(pooled.values[headline.key])} on {pooled.n:,} images, 95 % interval {low} – "
+        f"{high}, which estimates these models on more such images."
     )
     if found.has_copies:
         said += (
@@ -279,7 +279,7 @@ def _temperature(fitted: Temperature | None, which: str) -> str:
     if fitted is None:
         return ""
     if fitted.at_limit:
-        why = f"the best one lies outside 0.01 … 100, as when every {which} image is labelled rightly"
+        why = f"the best one lies outside 0.01 … 100, as when every {which} image is predicted correctly"
         return f"No temperature was fitted: {why}."
     return (
         f"Temperature {fitted.temperature:.3f}, fitted on the {fitted.n} {which} images: NLL {fitted.nll_before:.3f} → "

@@ -32,7 +32,7 @@ from finetune.model.facts import BackboneFacts, StageFacts
 from finetune.model.freeze import frozen_digest
 from finetune.model.tensors import Tensors, read_tensors
 from finetune.model.threads import on_threads
-from finetune.runs.known import Record, file_state, keep_known, network_key
+from finetune.runs.known import Record, file_state, network_key, record_network
 from finetune.runs.shared import Shared
 from finetune.spec import JobSpec, is_own_model
 
@@ -169,7 +169,7 @@ class BuiltNetwork:
         )
         shared = self._shared
         key = network_key(self._spec, self.task, shared.workspace.models)
-        keep_known(key, record, self.template, self.prefix, embedding, samples, preprocess, shared.recorded, shared.store)
+        record_network(key, record, self.template, self.prefix, embedding, samples, preprocess, shared.recorded, shared.store)
 
 
 def carried_tensors(backbone: Backbone, *, trained: bool) -> Tensors:
@@ -208,8 +208,8 @@ def _check_random_start(classifier: Classifier) -> None:
         return
     if weights.origin.manifest.frozen.get("digest_before") != frozen_digest(classifier, _NOTHING_TRAINS):
         raise WeightsError(
-            f"{weights.origin.reference} has a random backbone that was drawn with another version of torch or timm, and cannot "
-            "be drawn again here: train it with method partial or full, whose bundle keeps the weights"
+            f"{weights.origin.reference} has a randomly initialised backbone from another version of torch or timm, which "
+            "cannot be reproduced here: train it with method partial or full, whose bundle keeps the weights"
         )
 
 

@@ -35,15 +35,15 @@ def chance_warning(predictions: Predictions) -> str | None:
     """Return a warning for a model that is registered although it may be no better than chance; None if it is better."""
     found = _divergence(predictions)
     if found is None and (found := _no_better_than_chance(predictions)) and len(predictions) < MIN_IMAGES_TO_REFUSE:
-        found += f"; {plural(len(predictions), 'image')} say little, so evaluate it on more"
+        found += f"; {plural(len(predictions), 'image')} are few, so evaluate it on more"
     return found and f"registered without proof that it is better than chance: {found}"
 
 
 def _refuse(found: str | None) -> None:
     if found is not None:
         raise NoBetterThanChance(
-            f"the model is not registered, for it is no better than chance: {found}. Check the labels, try another method or "
-            "hyperparameters.learning_rate_multiplier: 0.1; to register it all the same: --set export.register_model=always"
+            f"the model is not registered, because it is no better than chance: {found}. Check the labels, try another method or "
+            "hyperparameters.learning_rate_multiplier: 0.1; to register it nevertheless: --set export.register_model=always"
         )
 
 
@@ -55,7 +55,7 @@ def _divergence(predictions: Predictions) -> str | None:
     if surely_better or loss <= DIVERGED_LOSS * uniform:
         return None
     return (
-        f"its loss on the {len(predictions):,} {predictions.split} images is {loss:.3g}; answering at random has {uniform:.3g}, "
+        f"its loss on the {len(predictions):,} {predictions.split} images is {loss:.3g}; random predictions have {uniform:.3g}, "
         "so training diverged"
     )
 
@@ -66,6 +66,6 @@ def _no_better_than_chance(predictions: Predictions) -> str | None:
     if not value <= chance < 1.0:
         return None
     return (
-        f"its {evaluation.headline} on the {len(predictions):,} {predictions.split} images is {value:.3f}; one answer to all of "
-        f"them has {chance:.3f}"
+        f"its {evaluation.headline} on the {len(predictions):,} {predictions.split} images is {value:.3f}; one prediction "
+        f"for all of them has {chance:.3f}"
     )

@@ -60,8 +60,8 @@ def estimate(prepared: Prepared, shared: Shared, *, rounds: int = 1) -> Estimate
         seconds += rounds * (n_steps_images + recipe.n_epochs * len(val) * _FORWARD_SHARE) / timing.images_per_second
         of_a_step = max(_peak_memory_bytes() - memory_bytes, 0.0)
         memory_bytes += of_a_step * max(recipe.batch_size / min(recipe.batch_size, MEASURED_IMAGES), 1.0)
-    said = "; ".join(str(plan) for plan in plans) or "no features are cached: every stage trains from the first step"
-    return Estimate(seconds, memory_bytes, float(sum(plan.n_bytes for plan in plans)), said)
+    text = "; ".join(str(plan) for plan in plans) or "no features are cached: every stage trains from the first step"
+    return Estimate(seconds, memory_bytes, float(sum(plan.n_bytes for plan in plans)), text)
 
 
 def together(estimates: list[Estimate]) -> Estimate:

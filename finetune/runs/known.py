@@ -35,7 +35,7 @@ from finetune.events import EventCallback
 from finetune.export.agreement import Reference
 from finetune.export.template import Head, with_head
 from finetune.features.engine import Engine, OnnxEngine, Prefix, only_embedding, onnx_engine_name
-from finetune.features.rows import FeatureContext, Views, find_rows, keep_rows, pooled_features
+from finetune.features.rows import FeatureContext, Views, find_rows, pooled_features, store_rows
 from finetune.features.solve import head_logits
 from finetune.messages import plural
 from finetune.model.facts import BackboneFacts
@@ -224,7 +224,7 @@ def find_known(key: str, networks: Store, store: Store) -> KnownNetwork | None:
     return KnownNetwork(record, template, store)
 
 
-def keep_known(
+def record_network(
     key: str,
     record: Record,
     template: bytes,
@@ -245,7 +245,7 @@ def keep_known(
     document = {"template_sha256": hashlib.sha256(template).hexdigest(), "record": record.to_dict()}
     # On a full disk nothing is recorded, and the next run builds the network in torch.
     with contextlib.suppress(DiskFull):
-        keep_rows(embedding, prefix, samples, preprocess, reference_engine(record.torch), store)
+        store_rows(embedding, prefix, samples, preprocess, reference_engine(record.torch), store)
         if networks.reserve(len(template)):
             write_atomic(folder / "template.onnx", lambda stream: stream.write(template))
             write_json(folder / "network.json", document)

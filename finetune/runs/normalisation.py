@@ -100,8 +100,7 @@ def _compare_leave_one_out(
 
     Returns:
         By name: the number of images ``n``, the accuracies ``top1`` and ``own_top1``, and the improvement ``z`` of the squared
-            error
-        in standard errors.
+            error in standard errors.
     """
     if not others:
         return {}

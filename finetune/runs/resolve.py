@@ -14,7 +14,7 @@ from typing import Any
 from finetune.bundle.preprocess import Preprocess
 from finetune.data.check import ResizeAdvice, advise_resize, image_facts
 from finetune.data.dataset import Dataset, targets_of, unmeasured
-from finetune.doctor.classes import first_look
+from finetune.doctor.classes import class_warnings
 from finetune.messages import printable
 from finetune.model.facts import BackboneFacts
 from finetune.naming import model_name
@@ -25,7 +25,7 @@ from finetune.training.compute import Compute
 from finetune.training.image_weights import WeightFacts, weight_facts
 from finetune.training.recipe import GIVEN, Facts, Recipe, refit_recipe, resolve_recipe
 
-_WEIGHTS_FROM = {"package": "an installed package", "hub": "timm's hub", "model": "the bundle of one's own model"}
+_WEIGHTS_FROM = {"package": "an installed package", "hub": "timm's hub", "model": "the bundle of your own model"}
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class DatasetFacts:
         noun = task_of(targets_of(dataset.samples)).noun
         unmeasurable = (unmeasured(split, names, noun) for split, names in missing.items() if names)
         weights = weight_facts(dataset.of("train"), dataset.classes)
-        warnings = [*dataset.warnings, *unmeasurable, *first_look(dataset)]
+        warnings = [*dataset.warnings, *unmeasurable, *class_warnings(dataset)]
         return cls(
             name=dataset.name,
             root=dataset.root,

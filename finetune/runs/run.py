@@ -62,8 +62,8 @@ from finetune.tasks.balance import Balance
 from finetune.training.choices import Choices
 from finetune.training.context import Trained, TrainingContext
 from finetune.training.image_weights import image_weights
-from finetune.training.label_doubts import label_doubts_noted
-from finetune.training.near_copies import near_copies_in, near_copies_noted
+from finetune.training.label_doubts import label_doubts_sentence
+from finetune.training.near_copies import near_copies_in, near_copies_sentence
 
 
 def run_job(
@@ -109,7 +109,7 @@ def run_job(
         predictions, thresholds = apply_thresholds(
             predict_splits(learner, context, options.judged), _given_thresholds(run, options, carried)
         )
-        in_train = in_training(prepared.dataset, run)
+        in_train = overlapping_with_training(prepared.dataset, run)
         evaluation = add_study_evaluation(
             evaluate_splits(predictions, thresholds, in_train, prepared.dataset.class_sizes()), carried.evaluation
         )
@@ -178,7 +178,7 @@ def _weighting(prepared: Prepared) -> tuple[Balance, NDArray[np.float64] | None]
     return balance, image_weights(train, dataset.classes, balance.of_steps)
 
 
-def in_training(dataset: Dataset, run: RunDir) -> dict[str, frozenset[str]]:
+def overlapping_with_training(dataset: Dataset, run: RunDir) -> dict[str, frozenset[str]]:
     """Return, for val and test, the ids of images that are in train too: the same file, a near duplicate, or one of a group."""
     exact, near = leaked(dataset), near_copies_in(run)
     return {split: exact.get(split, frozenset()) | near.get(split, frozenset()) for split in {**exact, **near}}
@@ -383,7 +383,7 @@ def outcome_of(
         summary=trained.summary,
         classes=resolved.dataset.classes,
         n_train=resolved.dataset.sizes.get("train", 0),
-        warnings=(*resolved.dataset.warnings, *near_copies_noted(run), *label_doubts_noted(run)),
+        warnings=(*resolved.dataset.warnings, *near_copies_sentence(run), *label_doubts_sentence(run)),
         quarantined=len(resolved.dataset.quarantined),
         choices=trained.choices.to_dict(),
         frozen=trained.frozen,

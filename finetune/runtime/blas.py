@@ -1,6 +1,6 @@
 """Choose how many threads NumPy's BLAS uses for a matrix.
 
-Threads of OpenBLAS that wait for one another do so busily. On the embeddings of some thousand images that costs more than the
+Threads of OpenBLAS spin while they wait for one another. On the embeddings of some thousand images that costs more than the
 threads gain, and far more if another process needs the cores, such as the one that mirrors the run to MLflow: on a busy machine
 the eigenvectors for novelty detection took 2.7 s of CPU time with two threads and 0.1 s with one.
 """

@@ -53,5 +53,5 @@ def errors_named(location: str) -> Iterator[None]:
         how = install_command("s3") if package == "s3fs" else f"pip install {package}" if package else str(error)
         raise MissingExtra(f"{location}: addresses of the kind {kind}:// need another package: {how}") from None
     except Exception as error:
-        said = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"{location}: cannot be read: {said}") from error
+        cause = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"{location}: cannot be read: {cause}") from error

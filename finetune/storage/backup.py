@@ -86,7 +86,7 @@ def write_backup(root: Path, target: Path, *, jobs_database: Path | None) -> Bac
     return made
 
 
-def restore_backup(source: Path, root: Path) -> Backup:
+def restore_backup(backup_file: Path, root: Path) -> Backup:
     """Restore a backup into the folder `root`, which must be missing or empty; the folder appears complete or not at all.
 
     If `root` differs from the backed-up workspace's path, that path is replaced by the new one in the databases and runs. Runs
@@ -94,7 +94,7 @@ def restore_backup(source: Path, root: Path) -> Backup:
 
     Raises:
         Conflict: `root` is not empty.
-        InvalidInput: `source` is not a backup, is incomplete, or was changed after it was written.
+        InvalidInput: `backup_file` is not a backup, is incomplete, or was changed after it was written.
     """
     root = root.absolute()
     if root.exists() and any(root.iterdir()):
@@ -103,9 +103,9 @@ def restore_backup(source: Path, root: Path) -> Backup:
     arriving = root.with_name(f".{root.name}-restoring-{os.getpid()}")
     arriving.mkdir(mode=0o700)
     try:
-        made, files = _unpack(source, arriving)
+        made, files = _unpack(backup_file, arriving)
         for name, file in files.items():
-            _check(source, arriving, name, file)
+            _check(backup_file, arriving, name, file)
         if made.root != root:
             _move_paths(arriving, str(made.root), str(root))
         if root.exists():
@@ -165,14 +165,14 @@ class _Digesting:
         return data
 
 
-def _unpack(source: Path, target: Path) -> tuple[Backup, dict[str, dict[str, Any]]]:
+def _unpack(backup_file: Path, target: Path) -> tuple[Backup, dict[str, dict[str, Any]]]:
     manifest: bytes | None = None
     try:
-        with tarfile.open(source, "r:") as archive:
+        with tarfile.open(backup_file, "r:") as archive:
             for member in archive:
                 path = PurePosixPath(member.name)
                 if not member.isreg() or path.is_absolute() or ".." in path.parts:
-                    raise InvalidInput(f"{printable(source)}: not a backup of a workspace ({printable(member.name)})")
+                    raise InvalidInput(f"{printable(backup_file)}: not a backup of a workspace ({printable(member.name)})")
                 stream = archive.extractfile(member)
                 assert stream is not None
                 if member.name == MANIFEST:
@@ -184,24 +184,24 @@ def _unpack(source: Path, target: Path) -> tuple[Backup, dict[str, dict[str, Any
                     shutil.copyfileobj(stream, written, _CHUNK_BYTES)
                 os.utime(place, (member.mtime, member.mtime))  # the time at which a model was registered is that of its files
     except tarfile.TarError as error:
-        raise InvalidInput(f"{printable(source)}: cannot be read as a backup ({error})") from None
+        raise InvalidInput(f"{printable(backup_file)}: cannot be read as a backup ({error})") from None
     if manifest is None:
-        raise InvalidInput(f"{printable(source)}: has no {MANIFEST}: it was cut short, or is not a backup")
+        raise InvalidInput(f"{printable(backup_file)}: has no {MANIFEST}: it was cut short, or is not a backup")
     found = json.loads(manifest)
     if found["schema_version"] != SCHEMA_VERSION:
         raise InvalidInput(
-            f"{printable(source)}: of schema version {found['schema_version']}, this version reads {SCHEMA_VERSION}"
+            f"{printable(backup_file)}: of schema version {found['schema_version']}, this version reads {SCHEMA_VERSION}"
         )
     files: dict[str, dict[str, Any]] = found["files"]
     size = sum(file["bytes"] for file in files.values())
     return Backup(Path(found["root"]), found["created_at"], len(files), size), files
 
 
-def _check(source: Path, target: Path, name: str, file: dict[str, Any]) -> None:
+def _check(backup_file: Path, target: Path, name: str, file: dict[str, Any]) -> None:
     with contextlib.suppress(FileNotFoundError), open(target / name, "rb") as stream:
         if hashlib.file_digest(stream, "sha256").hexdigest() == file["sha256"]:
             return
-    raise InvalidInput(f"{printable(source)}: {printable(name)} is missing or not what was written; the backup is damaged")
+    raise InvalidInput(f"{printable(backup_file)}: {printable(name)} is missing or not what was written; the backup is damaged")
 
 
 def _move_paths(arriving: Path, before: str, after: str) -> None:

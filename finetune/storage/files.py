@@ -81,7 +81,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 
 
 def private_file(path: str, flags: int) -> int:
-    """Open a file that only its owner may read, and follow no link; an ``opener`` for `open`."""
+    """Open a file that only the user who creates it may read, and follow no link; an ``opener`` for `open`."""
     return os.open(path, flags | os.O_NOFOLLOW, 0o600)
 
 

@@ -25,7 +25,7 @@ BUDGETED: tuple[Namespace, ...] = ("features", "pixels", "engines", "sources")
 
 LARGEST_BUDGET_BYTES = 20 * 1024**3
 _CLOCK_STEP_SECONDS = 0.1  # the file system's clock for timestamps may lag by this much
-ABANDONED_SECONDS = 3600.0  # a temporary file this old belongs to a process that died
+ABANDONED_SECONDS = 3600.0  # a temporary file of this age was left by a process that died
 
 
 @dataclass(frozen=True, order=True)
@@ -76,7 +76,7 @@ class Store:
         """
         with self._lock:
             if self._room_bytes is None:
-                self._take_stock()
+                self._count_files()
             assert self._room_bytes is not None
             if self._room_bytes + sum(entry.n_bytes for entry in self._deletable) < n_bytes:
                 return False
@@ -95,7 +95,7 @@ class Store:
         with self._lock:
             self._room_bytes = None
 
-    def _take_stock(self) -> None:
+    def _count_files(self) -> None:
         entries = sorted(self._entries(), reverse=True)
         self._deletable = [entry for entry in entries if entry.used_at < self.opened_at]
         budget = self.budget_bytes

@@ -42,7 +42,7 @@ from finetune.studies.folds import FINAL, Folds, cross_validation, fold_name, po
 from finetune.studies.refit import CHOOSE, REFIT, Refit
 from finetune.studies.study import record_kept, run_children
 from finetune.training.measurements import pool_neighbours
-from finetune.training.near_copies import near_copies_in, near_copies_noted, pool_near_copies
+from finetune.training.near_copies import near_copies_in, near_copies_sentence, pool_near_copies
 
 REFIT_NOTE = (
     "The weights were fitted once more on train + val with what val had chosen: val figures are those of the model before that, "
@@ -199,7 +199,7 @@ def _cross_validate(spec: JobSpec, run: RunDir, shared: Shared, progress: Progre
         predictions={**answers, **_tables_in(final)},
         summary=outcomes[FINAL].summary,
         folds=found,
-        warnings=near_copies_noted(run),
+        warnings=near_copies_sentence(run),
         images=_images_of_folds(whole, datasets),
     )
 

@@ -53,10 +53,10 @@ class Escalation:
     def reasons(self, n_done: int) -> list[str]:
         """Return one phrase for each comparison, such as "partial gained +1.2 ± 0.8 points of val top1"."""
         gains = self.gains(n_done)
-        said = [f"{name} gained {gain}" for name, gain in gains]
+        phrases = [f"{name} gained {gain}" for name, gain in gains]
         if gains and not gains[-1][1].pays:
-            said[-1] += ", so it goes no deeper"
-        return said
+            phrases[-1] += ", so no more stages are trained"
+        return phrases
 
 
 def escalation(spec: JobSpec, n_stages: int, options: RunOptions, run: RunDir) -> Escalation:

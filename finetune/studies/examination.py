@@ -69,7 +69,7 @@ def examine_request(
         DataError: the file `fix` already exists, and may contain the user's own corrections.
     """
     if fix is not None and fix.exists():
-        raise DataError(f"{printable(fix)}: exists, and may hold corrections of yours; name another file, or remove this one")
+        raise DataError(f"{printable(fix)}: exists, and may contain your own corrections; give another file, or remove this one")
     dataset, network = read_and_build(spec, shared, progress)
     given_splits = any(sample.split is not None for sample in dataset.samples)
     dataset = split_for(spec, dataset, None)

@@ -155,19 +155,19 @@ def _figure(found: Mapping[str, Any] | None) -> str:
 
 def _cost(view: RunView) -> str:
     costs = view.costs
-    said = []
+    phrases = []
     if "train_seconds" in costs:
         features = f", {_seconds(costs['feature_seconds'])} of it for frozen features" if "feature_seconds" in costs else ""
-        said.append(f"training without cached features {_seconds(costs['train_seconds'])}{features}")
-        said.append(f"this run {_seconds(costs.get('wall_seconds'))}")
+        phrases.append(f"training without cached features {_seconds(costs['train_seconds'])}{features}")
+        phrases.append(f"this run {_seconds(costs.get('wall_seconds'))}")
     labels = {
         "peak_memory_bytes": "peak memory {}",
         "trainable_parameters": "{} trainable parameters",
         "bundle_bytes": "bundle {}",
         "latency_seconds": "{} for one image on one core",
     }
-    said += [label.format(_quantity(key, costs[key])) for key, label in labels.items() if key in costs]
-    return f"Cost: {', '.join(said)}." if said else ""
+    phrases += [label.format(_quantity(key, costs[key])) for key, label in labels.items() if key in costs]
+    return f"Cost: {', '.join(phrases)}." if phrases else ""
 
 
 def _model(view: RunView) -> str:

@@ -104,10 +104,10 @@ class _Reporter:
 
     def report(self, reason: str) -> None:
         if reason and not self._reason:
-            message = f"{self._kind} cannot be written ({reason}). The run goes on; what is missing there is sent later"
+            message = f"{self._kind} cannot be written ({reason}). The run continues; missing data is sent later"
             self._record(TrackingInterrupted(message, self._kind))
         if self._reason and not reason:
-            self._record(TrackingRecovered(f"{self._kind} answers again, and has what it missed", self._kind))
+            self._record(TrackingRecovered(f"{self._kind} responds again, and is complete", self._kind))
         self._reason = reason
 
     def _record(self, event: Event) -> None:

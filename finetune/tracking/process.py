@@ -96,7 +96,7 @@ class _Followers:
 
     def _note_unfinished(self, choice: Choice, reason: str) -> None:
         assert self._run is not None
-        message = f"{choice.kind} has not everything of this run yet ({reason}); finetune {choice.kind} sync sends the rest"
+        message = f"{choice.kind} lacks data of this run ({reason}); finetune {choice.kind} sync sends the rest"
         with contextlib.suppress(OSError):
             self._run.record(TrackingInterrupted(message, choice.kind))
 

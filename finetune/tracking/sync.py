@@ -113,7 +113,7 @@ def _carry_out(runs: Mapping[str, Status | None], models: bool, choice: Choice, 
     for run in in_order([RunDir(Path(folder)) for folder in runs]):
         done = sync_run(run, choice, workspace, runs[str(run.root)])
         if done.reason:
-            log.warning("MLflow has not everything of %s: %s", run.root.name, done.reason)
+            log.warning("MLflow lacks data of %s: %s", run.root.name, done.reason)
             complete = False
     if models:
         for note in sync_models(choice, workspace):

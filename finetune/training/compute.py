@@ -23,13 +23,13 @@ class Compute:
 
 LEAST_VIEWS = 20_000  # in shorter runs, starting the processes takes longer than they save
 LEAST_THREADS, MOST_PROCESSES = 4, 12
-NOT_FOR_VIEWS = 2  # threads that are left to the process that trains
+NOT_FOR_VIEWS = 2  # number of threads that the training process keeps
 
 
 def view_processes(compute: Compute, n_views: int) -> int:
     """Return how many processes compute the training views of a run; 0 if its own threads do.
 
-    On a CPU, the network takes far longer than the views, and the cores are the network's.
+    On a CPU there are none: the network takes far longer than the views, and needs all cores.
     """
     if compute.device == "cpu" or compute.threads < LEAST_THREADS or n_views < LEAST_VIEWS:
         return 0

@@ -62,7 +62,7 @@ class FinalWeights:
 
     def _interpolated(self, kept: CandidateWeights, share: float) -> CandidateWeights:
         """Return the interpolation of the best epoch's weights, with weight `share`, and the weights at the start."""
-        name = f"{self.best_epoch.name}, pulled {1 - share:.0%} of the way back to the start"
+        name = f"{self.best_epoch.name}, interpolated by {1 - share:.0%} towards the start"
         return replace(kept, name=name, tensors=interpolate(self.start, self.best_epoch.tensors, share), share=share)
 
     def _with_recalibrated_statistics(self, kept: CandidateWeights) -> CandidateWeights:

@@ -202,8 +202,8 @@ class _Training:
         exact = self.numerics.device == "cpu" and found["torch"] == torch.__version__
         message = f"training goes on at step {state.step} of {self.recipe.n_steps}"
         self.run.record(Resumed(message, state.step, exact))
-        said = f"going on at step {state.step}" if state.step < self._last_step else "trained before"
-        self.progress(Progress("training", state.step, self._last_step, "steps", message=said))
+        progress_message = f"going on at step {state.step}" if state.step < self._last_step else "trained before"
+        self.progress(Progress("training", state.step, self._last_step, "steps", message=progress_message))
 
     def _on_device(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: tensor.to(self.numerics.device) for name, tensor in tensors.items()}

@@ -23,9 +23,9 @@ from finetune.progress import Progress
 from finetune.runtime.blas import ONE_THREAD_ELEMENTS, blas_threads_for
 from finetune.runtime.seconds import Seconds, process_clock, thread_clock
 from finetune.training.context import TrainingContext, TrainingCost
-from finetune.training.label_doubts import note_label_doubts
+from finetune.training.label_doubts import record_label_doubts
 from finetune.training.measurements import write_neighbours, write_sample_predictions
-from finetune.training.near_copies import note_near_copies
+from finetune.training.near_copies import record_near_copies
 from finetune.training.recipe import Recipe
 from finetune.training.sample import LARGEST, choose_sample
 
@@ -110,8 +110,8 @@ def _compare_with_training(
     if test:  # on a CPU their features were computed when the files were checked, on a GPU this is one more pass over them
         held_out.append((test, _features(prefix, test, seen, "test", context, lambda _: None)))
     write_neighbours(context.run, context.dataset, (train, features), held_out)
-    note_near_copies(context.run, context.dataset, context.store, threads=context.compute.threads)
-    note_label_doubts(context.run, context.dataset, [(train, features), *held_out])
+    record_near_copies(context.run, context.dataset, context.store, threads=context.compute.threads)
+    record_label_doubts(context.run, context.dataset, [(train, features), *held_out])
 
 
 def _features(

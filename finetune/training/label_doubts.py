@@ -1,6 +1,6 @@
-"""Note the labels that the frozen features of a run contradict. A note alone: nothing is refused, and no figure depends on it.
+"""Record the labels that the frozen features of a run contradict. They are only reported: nothing is refused or changed.
 
-The features are at hand where a head is solved, so this takes no decoding. `finetune check` looks closer, and names more.
+Where a head is solved the features are known, so no image is decoded. `finetune check` tests more thoroughly and finds more.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ COLUMNS = ("path", "split", "label", "suggested", "score", "doubt")
 SHOWN = 3
 
 
-def note_label_doubts(run: RunDir, dataset: Dataset, parts: Sequence[tuple[Sequence[Sample], Features]]) -> None:
+def record_label_doubts(run: RunDir, dataset: Dataset, parts: Sequence[tuple[Sequence[Sample], Features]]) -> None:
     """Write the labels that are probably wrong into the run folder, and record how many there are as an event.
 
-    Runs of one study have the same images: the first of them writes the table of all.
+    The runs of a study have the same images, so only the first one computes the table.
 
     Args:
         parts: samples with their features (n, D), of which view 0 is that of evaluation.
@@ -45,7 +45,7 @@ def note_label_doubts(run: RunDir, dataset: Dataset, parts: Sequence[tuple[Seque
     rows.writerow(COLUMNS)
     rows.writerows(doubted)
     write_atomic(table, lambda stream: stream.write(text.getvalue().encode("utf-8", "surrogateescape")))
-    for sentence in label_doubts_noted(run):
+    for sentence in label_doubts_sentence(run):
         run.record(DataWarning(sentence))
 
 
@@ -104,7 +104,7 @@ def _place(sample: Sample) -> tuple[str, str]:
     return sample.id, sample.split or ""
 
 
-def label_doubts_noted(run: RunDir) -> tuple[str, ...]:
+def label_doubts_sentence(run: RunDir) -> tuple[str, ...]:
     """Return in at most one sentence which labels of a run's data were doubted."""
     table = run.outermost.label_doubts
     if not table.exists():
@@ -116,4 +116,4 @@ def label_doubts_noted(run: RunDir) -> tuple[str, ...]:
     shown = "; ".join(f"{printable(one['path'])} {one['doubt']}" for one in found[:SHOWN])
     more = f"; and {len(found) - SHOWN:,} more in measurements/{table.name}" if len(found) > SHOWN else ""
     images = f"{plural(len(found), 'image')} ({shown}{more})"
-    return (f"Labels that are probably wrong: {images}. finetune check shows them, and looks closer",)
+    return (f"Labels that are probably wrong: {images}. finetune check shows them, and tests more thoroughly",)

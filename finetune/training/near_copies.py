@@ -34,7 +34,7 @@ _IMAGES_OF = {"val": "val image", "test": "test image", POOLED: "held-out image"
 _VERSION = 1  # of `finetune.features.alignment`: scores of another one are not read
 
 
-def note_near_copies(run: RunDir, dataset: Dataset, store: Store, *, threads: int | None = None) -> None:
+def record_near_copies(run: RunDir, dataset: Dataset, store: Store, *, threads: int | None = None) -> None:
     """Compare the likeliest pairs of a run; write the copies into the run folder, and record them as an event."""
     if run.near_copies.exists():
         return
@@ -50,7 +50,7 @@ def note_near_copies(run: RunDir, dataset: Dataset, store: Store, *, threads: in
         if score >= LEAST_SCORE
     ]
     write_json(run.near_copies, {"candidates": len(likely), "compared": len(pairs), "copies": copies})
-    for sentence in near_copies_noted(run):
+    for sentence in near_copies_sentence(run):
         run.record(DataWarning(sentence))
 
 
@@ -67,7 +67,7 @@ def pool_near_copies(run: RunDir, kept: Sequence[RunDir]) -> None:
     copies = [{**copy, "split": POOLED} for one in found for copy in one["copies"] if copy["split"] == "test"]
     counts = {name: sum(one[name] for one in found) for name in ("candidates", "compared")}
     write_json(run.near_copies, {**counts, "copies": copies})
-    for sentence in near_copies_noted(run):
+    for sentence in near_copies_sentence(run):
         run.record(DataWarning(sentence))
 
 
@@ -79,7 +79,7 @@ def near_copies_in(run: RunDir) -> dict[str, frozenset[str]]:
     return {split: frozenset(ids) for split, ids in found.items()}
 
 
-def near_copies_noted(run: RunDir) -> tuple[str, ...]:
+def near_copies_sentence(run: RunDir) -> tuple[str, ...]:
     """Return in at most one sentence which held-out images of a run are near duplicates of training images."""
     if not run.near_copies.exists():
         return ()

@@ -1,7 +1,7 @@
 """Resolve a request's training into a recipe: phases, counted in optimiser steps, and hyperparameters without any ``auto``.
 
 All functions are pure: the recipe follows from the request, from facts about data, backbone and machine, and from the backbone's
-stages. For each resolved value the recipe records its source, in words. `finetune.training.fit` carries a recipe out.
+stages. For each resolved value the recipe records the reason, in words. `finetune.training.fit` carries a recipe out.
 """
 
 from __future__ import annotations
@@ -229,7 +229,7 @@ def resolve_recipe(spec: JobSpec, facts: Facts, stages: Sequence[StageLike]) -> 
         loss=chosen["hyperparameters.loss"].value,
         views=chosen["hyperparameters.views"].value,
         l2=chosen["hyperparameters.l2"].value,
-        sources={path: choice.source for path, choice in chosen.items()},
+        sources={path: choice.reason for path, choice in chosen.items()},
     )
 
 
@@ -274,10 +274,10 @@ def default_layer_decay(n_stages: int) -> float:
 
 @dataclass(frozen=True)
 class _Choice(Generic[T]):
-    """A resolved value, and its source in words."""
+    """A resolved value, and the reason for it in words."""
 
     value: T
-    source: str
+    reason: str
 
 
 def _pick(given: Any, default: _Choice[Any]) -> _Choice[Any]:
@@ -332,7 +332,7 @@ def _batch_size(hyper: Hyperparameters, facts: Facts) -> _Choice[int]:
         default = 64
     asked: _Choice[int] = _pick(hyper.batch_size, _Choice(default, f"default for {facts.n_train} images on {facts.device}"))
     if asked.value > facts.n_train:
-        return _Choice(facts.n_train, f"{asked.source}, lowered from {asked.value} to the number of training images")
+        return _Choice(facts.n_train, f"{asked.reason}, lowered from {asked.value} to the number of training images")
     return asked
 
 

@@ -79,8 +79,8 @@ class CandidateWeights:
 
 def measured(split: str, task: Task, rows: ImageResults) -> dict[str, float]:
     """Return the loss without label smoothing, the headline metric, and the share of images that are predicted correctly."""
-    told = {metric.key: metric for metric in (task.headline, task.mean_score)}
-    return {f"{split}/loss": float(rows.nll.mean()), **{f"{split}/{key}": one.compute(rows) for key, one in told.items()}}
+    metrics = {metric.key: metric for metric in (task.headline, task.mean_score)}
+    return {f"{split}/loss": float(rows.nll.mean()), **{f"{split}/{key}": one.compute(rows) for key, one in metrics.items()}}
 
 
 def improves(values: Mapping[str, float], best: Mapping[str, float], headline: str) -> bool:

@@ -138,10 +138,12 @@ def _secret(scope: Scope) -> str | None:
 _MAX_REMEMBERED = 10_000
 KEYS_UNREACHABLE = "The server cannot check API keys now. Try again in a moment; its log has the cause"
 SEND_A_KEY = (
-    "This server wants an API key, as the header 'Authorization: Bearer ft_…'. Its operator makes one: finetune keys create"
+    "This server requires an API key in the header 'Authorization: Bearer ft_…'. The operator creates one: finetune keys create"
 )
 BAD_KEY = "The API key is unknown, has expired or was revoked"
-NO_KEY_YET = "Others can reach this address, and this server has no API key yet. Its operator makes one: finetune keys create"
+NO_KEY_YET = (
+    "Other machines can reach this address, but this server has no API key yet. The operator creates one: finetune keys create"
+)
 
 
 def _unauthorized(detail: str, challenge: str = CHALLENGE) -> NoReturn:
@@ -183,7 +185,7 @@ def _forbid(caller: Caller, scopes: tuple[KeyScope, ...]) -> NoReturn:
     wanted = " or ".join(repr(scope) for scope in scopes)
     raise HTTPException(
         403,
-        f"This key has the scopes {', '.join(sorted(caller.scopes))}; this takes {wanted}",
+        f"This key has the scopes {', '.join(sorted(caller.scopes))}; this request needs {wanted}",
         headers={"WWW-Authenticate": f'{CHALLENGE}, error="insufficient_scope"'},
     )
 

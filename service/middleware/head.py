@@ -9,14 +9,14 @@ HEADERS_ONLY = "headers_only"
 
 
 class _BodyNotWanted(BaseException):
-    """Ends a response whose body nobody reads. No `Exception`, so that nothing between treats it as a failure."""
+    """Ends a response after its headers. It is not an `Exception`, so that no handler in between treats it as a failure."""
 
 
 class HeadAsGet:
     """Passes a HEAD request to the app as GET. The server that sends the response leaves out the body.
 
     A body that comes in pieces ends with the first of them. The ``Accept`` header is removed, so that no stream of events is
-    begun, which would not end by itself.
+    begun, which would never end.
     """
 
     def __init__(self, app: ASGIApp) -> None:

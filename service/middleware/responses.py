@@ -58,11 +58,11 @@ class ResponseMiddleware:
             self.metrics.in_flight.dec()
             self.metrics.answered(_route(scope), scope["method"], answer.status, seconds)
             level = logging.DEBUG if scope["path"] in HEALTH_CHECKS else logging.INFO
-            said = (request_id, shown(scope["method"]), shown(quote(scope["path"])), answer.status, seconds * 1000)
+            logged = (request_id, shown(scope["method"]), shown(quote(scope["path"])), answer.status, seconds * 1000)
             names = ("request_id", "method", "path", "status", "milliseconds")
             caller = scope["state"].get("caller")
-            fields = {**dict(zip(names, said, strict=True)), "owner": getattr(caller, "owner", None), "route": _route(scope)}
-            log.log(level, "%s %s %s %d %.1f ms", *said, extra={"fields": fields})
+            fields = {**dict(zip(names, logged, strict=True)), "owner": getattr(caller, "owner", None), "route": _route(scope)}
+            log.log(level, "%s %s %s %d %.1f ms", *logged, extra={"fields": fields})
         return None
 
 

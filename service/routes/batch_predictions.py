@@ -93,7 +93,7 @@ def batch_answers(
     caller: Submitting,
     server: Server,
     batch_id: str,
-    format: Annotated[Format, Query(description="`npz` holds the logits, and the embeddings where they were asked for.")] = "csv",
+    format: Annotated[Format, Query(description="`npz` contains the logits, and the embeddings if they were requested.")] = "csv",
 ) -> FileResponse:
     """Download the predictions, one row per image: file, sha256, predicted class, its probability, all probabilities."""
     job, result = _finished(server, caller, batch_id)
@@ -101,7 +101,7 @@ def batch_answers(
     if path.name not in result["files"] or not path.exists():
         known = ", ".join(name.rpartition(".")[2] for name in result["files"])
         raise NotFound(
-            f"{batch_id} has no answers as {format} (the worker lacks what writes it, or they are gone); it has {known}"
+            f"{batch_id} has no predictions as {format} (the worker lacks its library, or they were deleted); it has {known}"
         )
     return FileResponse(path, media_type=MEDIA_TYPES[format], filename=f"{job.id}.{format}")
 
@@ -109,5 +109,5 @@ def batch_answers(
 def _finished(server: ServerState, caller: Caller, batch_id: str) -> tuple[Job, Mapping[str, Any]]:
     job = server.database.jobs.get(batch_id, caller.sees, BATCH)
     if job.result is None:
-        raise Conflict(f"{batch_id} is {job.state}; only a batch prediction that has succeeded has answers")
+        raise Conflict(f"{batch_id} is {job.state}; only a batch prediction that has succeeded has a table")
     return job, job.result

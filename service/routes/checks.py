@@ -72,7 +72,7 @@ def check_result(caller: Submitting, server: Server, check_id: str) -> CheckResu
 
 @checks_router.post("/{check_id}/acknowledgements")
 def acknowledge_cases(caller: Submitting, server: Server, check_id: str, asked: Acknowledgement) -> CheckResult:
-    """Accept cases of a finding as they are, or show them again; return what is left.
+    """Accept cases of a finding, or withdraw their acceptance; return the cases that remain.
 
     Cases of images are accepted in all uploads that hold these images, others in this upload.
     """
@@ -102,7 +102,7 @@ def _result(server: ServerState, job: Job) -> CheckResult:
 def _found(server: ServerState, job: Job) -> Mapping[str, Any]:
     found: Mapping[str, Any] = read_object(server.run_of(job.id).examination)
     if not found:
-        raise NotFound(f"what {job.id} found is gone; ask for the check again")
+        raise NotFound(f"what {job.id} found no longer exists; request the check again")
     return found
 
 

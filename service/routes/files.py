@@ -49,25 +49,28 @@ class SummaryDocument(BaseModel):
     size_bytes: int = Field(description="Unpacked.")
     classes: list[str]
     counts: dict[str, dict[str, int]] = Field(
-        description="Images by split (`all` where there is none yet) and class (an empty name where nobody said)."
+        description="Number of images by split (`all` if there are no splits) and class (an empty name for images without "
+        "labels)."
     )
     warnings: list[str]
-    understood: list[str] = Field(default_factory=list, description="How it was read, where there was something to understand.")
+    understood: list[str] = Field(
+        default_factory=list, description="How the data was interpreted, if several interpretations were possible."
+    )
 
 
 class FileDocument(ListItem):
     """An uploaded dataset: the fields of the public API, and `sha256` and `summary`."""
 
     object: Literal["file"] = "file"
-    bytes: int = Field(description="Of the archive as it came.")
-    stored_bytes: int = Field(description="Unpacked on disk: what counts against your quota.")
+    bytes: int = Field(description="Of the uploaded file.")
+    stored_bytes: int = Field(description="Disk space of the unpacked contents, which counts towards your quota.")
     created_at: int = Field(description="Unix seconds.")
     filename: str
-    purpose: Literal["fine-tune", "batch"] = Field(description="A dataset to train on, or images to be answered.")
+    purpose: Literal["fine-tune", "batch"] = Field(description="`fine-tune`: a dataset to train on. `batch`: images to predict.")
     status: Literal["processed"] = "processed"
     status_details: str | None = None
     expires_at: int | None = None
-    sha256: str = Field(description="Of the archive as it came.")
+    sha256: str = Field(description="Of the uploaded file.")
     summary: SummaryDocument
 
 

@@ -67,7 +67,7 @@ def add_lifecycle(router: APIRouter, kind: Kind, noun: str, model: type[D], docu
         server: Server,
         after: After = None,
         limit: Limit = 20,
-        status: Annotated[JobStatus | None, Query(description="Only those in this state.")] = None,
+        status: Annotated[JobStatus | None, Query(description="Only jobs in this state.")] = None,
     ) -> Any:
         wanted = metadata_filter(request.query_params.multi_items())
         page, more = server.database.jobs.list(caller.sees, kind=kind, after=after, limit=limit, state=status, metadata=wanted)
@@ -108,10 +108,13 @@ def add_lifecycle(router: APIRouter, kind: Kind, noun: str, model: type[D], docu
         caller: Submitting,
         server: Server,
         job_id: Id,
-        after: Annotated[str | None, Query(max_length=100, description="The id of the last event of the page before.")] = None,
+        after: Annotated[str | None, Query(max_length=100, description="The id of the last event of the previous page.")] = None,
         limit: Limit = 20,
         order: Annotated[Literal["desc", "asc"], Query(description="Newest first, or oldest first.")] = "desc",
-        last_event_id: Annotated[str | None, Header(max_length=100, description="Where a stream goes on.")] = None,
+        last_event_id: Annotated[
+            str | None,
+            Header(max_length=100, description="The id of the last event that was received; a stream continues after it."),
+        ] = None,
     ) -> Any:
         job = await run_in_threadpool(server.database.jobs.get, job_id, caller.sees, kind)
         if EVENT_STREAM in request.headers.get("accept", ""):
@@ -131,15 +134,15 @@ def add_lifecycle(router: APIRouter, kind: Kind, noun: str, model: type[D], docu
         caller: Submitting,
         server: Server,
         job_id: Id,
-        tail: Annotated[int | None, Query(ge=1, le=100_000, description="Only the last lines.")] = None,
-        offset: Annotated[int | None, Query(ge=0, le=MAX_OFFSET, description="From this byte on: the next 8 MiB of it.")] = None,
+        tail: Annotated[int | None, Query(ge=1, le=100_000, description="Only the last lines of the log.")] = None,
+        offset: Annotated[int | None, Query(ge=0, le=MAX_OFFSET, description="Return up to 8 MiB from this byte on.")] = None,
     ) -> PlainTextResponse:
         job = server.database.jobs.get(job_id, caller.sees, kind)
         printed = _part_of(server.run_of(job.id).log, offset)
         return PlainTextResponse(printed if tail is None else b"".join(printed.splitlines(keepends=True)[-tail:]))
 
 
-_FILTER = "`metadata[key]=value`, any number of times, keeps those with these values."
+_FILTER = "`metadata[key]=value`, which may be repeated, restricts the list to jobs with these values."
 
 
 def _events(server: ServerState, job_id: str, after: int | None, limit: int, order: str) -> EventList:

@@ -70,8 +70,11 @@ models_router = APIRouter(prefix="/v1/models", tags=["models"], responses=RESPON
 def list_models(
     caller: Reading,
     server: Server,
-    after: Annotated[str | None, Query(max_length=100, description="The `last_id` of the page before.")] = None,
-    limit: Annotated[int, Query(ge=1, le=1000, description="The stock client does not turn pages, so a page is long.")] = 1000,
+    after: Annotated[str | None, Query(max_length=100, description="The `last_id` of the previous page.")] = None,
+    limit: Annotated[
+        int,
+        Query(ge=1, le=1000, description="Items per page; large by default, because the stock client reads the first page only."),
+    ] = 1000,
 ) -> ModelList:
     """List the registered models that you may use, by name."""
     names = [name for name in server.models.registry.names() if server.may_use(caller, name) and (after is None or name > after)]
@@ -200,7 +203,7 @@ async def get_export(
         return StreamingResponse(iter(()), media_type="application/octet-stream", headers=headers)
     exported = await server.exporter.write(found, format, caller.owner)
     headers = {"Content-Length": str(exported.size_bytes), "Content-Disposition": f'attachment; filename="{exported.filename}"'}
-    return StreamingResponse(exported.pieces(), media_type="application/octet-stream", headers=headers)
+    return StreamingResponse(exported.chunks(), media_type="application/octet-stream", headers=headers)
 
 
 @models_router.get("/{name}/versions/{version}/files/{file}", response_class=FileResponse, responses=BUNDLE_ANSWER)
@@ -219,7 +222,7 @@ def get_predictions(
     server: Server,
     name: str,
     version: str,
-    format: Annotated[Literal["csv", "npz"], Query(description="`npz` holds the logits and embeddings.")] = "csv",
+    format: Annotated[Literal["csv", "npz"], Query(description="`npz` contains the logits and embeddings.")] = "csv",
 ) -> Response:
     """Download a version's predictions for its test images, one row per image. Later versions are compared with them."""
     found = find_model(server, caller, f"{name}@{version}")
@@ -254,7 +257,7 @@ def delete_model(
     force: Annotated[
         bool,
         Query(
-            description="Also if an alias means it, if an unfinished batch prediction needs it or, for "
+            description="Delete it even if an alias points at it, if an unfinished batch prediction needs it or, for "
             "administrators, if it is the server's default or its canary."
         ),
     ] = False,
@@ -265,7 +268,7 @@ def delete_model(
     if "@" in name:
         promoted = sorted(set(found.aliases) - {LATEST})
         if promoted and not force:
-            raise Conflict(f"{name} is what {', '.join(promoted)} means. Promote another version first, or add ?force=true")
+            raise Conflict(f"aliases point at {name}: {', '.join(promoted)}. Promote another version first, or add ?force=true")
         _check_not_answering(server, caller, found.name, found.version, force=force)
         _check_not_awaited(server, caller, found.name, found.version, force=force)
         registry.delete(found.name, found.version, force=True)

@@ -29,25 +29,26 @@ ONE_YEAR = "private, max-age=31536000, immutable"  # of an upload: its contents 
 BYTES = {"schema": {"type": "string", "format": "binary"}}
 PICTURE: dict[int | str, dict[str, Any]] = {  # client generators do not know image/* and use the first media type that they know
     200: {
-        "description": "The picture's bytes, with its own media type.",
+        "description": "The image file, with its own media type.",
         "content": dict.fromkeys(("application/octet-stream", *MEDIA_TYPES), BYTES),
     }
 }
 
 D = TypeVar("D", bound=ListItem)
 SidePx = Annotated[
-    int | None, Query(ge=16, le=MAX_SIDE_PX, description="The largest width and height of a JPEG. The file as it is without.")
+    int | None,
+    Query(ge=16, le=MAX_SIDE_PX, description="Return a JPEG of at most this width and height. Default: the original file."),
 ]
 MAX_ID_CHARACTERS = 4096
 ImageId = Annotated[
-    str, Query(alias="id", max_length=MAX_ID_CHARACTERS, description="As the lists of images and answers name it.")
+    str, Query(alias="id", max_length=MAX_ID_CHARACTERS, description="The id in the lists of images and predictions.")
 ]
-AfterImage = Annotated[str | None, Query(max_length=MAX_ID_CHARACTERS, description="The `last_id` of the page before.")]
+AfterImage = Annotated[str | None, Query(max_length=MAX_ID_CHARACTERS, description="The `last_id` of the previous page.")]
 Split = Literal["val", "test", "cv"]
-SplitName = Annotated[Split, Query(description="Of which images the answers are.")]
+SplitName = Annotated[Split, Query(description="The split of the images.")]
 Label = Annotated[str | None, Query(max_length=500, description="Only images of this class.")]
-Given = Annotated[str | None, Query(max_length=500, description="Only images that were given this class.", alias="answer")]
-Wrong = Annotated[bool | None, Query(description="Only wrong answers, or only right ones.")]
+Given = Annotated[str | None, Query(max_length=500, description="Only images that were predicted as this class.", alias="answer")]
+Wrong = Annotated[bool | None, Query(description="Only wrong predictions (true), or only correct ones (false).")]
 PageLength = Annotated[int, Query(ge=1, le=LONG_PAGE)]
 
 
@@ -56,7 +57,7 @@ class ImageDocument(ListItem):
 
     object: Literal["file.image"] = "file.image"
     labels: list[str]
-    split: Literal["train", "val", "test"] | None = Field(description="Null where the upload has no splits.")
+    split: Literal["train", "val", "test"] | None = Field(description="Null if the upload has no splits.")
     correctable: bool = Field(description="Whether a revision may change its label or leave it out.")
 
 
@@ -64,14 +65,15 @@ class AnswerDocument(ListItem):
     """A run's prediction for one image."""
 
     object: Literal["fine_tuning.answer"] = "fine_tuning.answer"
-    label: str = Field(description="What the image is labelled as; all labels, with commas, where there may be several.")
+    label: str = Field(description="The label of the image; if it may have several, all of them, separated by commas.")
     answer: str
-    labels: list[str] = Field(description="The labels of the image: one, or any number where it may have several.")
-    given: list[str] = Field(description="The labels that it was answered with.")
+    labels: list[str] = Field(description="The true labels of the image.")
+    given: list[str] = Field(description="The predicted labels.")
     probability: float = Field(
-        description="Of the answer, before calibration; with several labels that of the surest mistake, or of the least sure one."
+        description="Probability of the prediction, before calibration; for a multi-label model that of the most "
+        "confident wrong decision, else of the least confident one."
     )
-    label_probability: float = Field(description="Of what is true instead, before calibration.")
+    label_probability: float = Field(description="Probability of the true label, before calibration.")
 
 
 class MetricsRow(BaseModel):

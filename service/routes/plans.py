@@ -24,7 +24,7 @@ from service.state import Server
 
 plans_router = APIRouter(prefix="/v1/fine_tuning/plans", tags=["fine-tuning jobs"], responses=RESPONSES)
 
-NOT_PLANNED = "is neither a timm name nor a registered model such as flowers@3; of others it is not foretold how long they take"
+NOT_PLANNED = "is neither a timm name nor a registered model such as flowers@3; the duration of others is not estimated"
 NO_FILE = "none"  # placeholder for the training file, which a plan does not need
 
 

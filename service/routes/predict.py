@@ -42,7 +42,7 @@ _FORM_OPTIONS = {
     for name, schema in _QUERY.items()
 }
 _ANSWERS: dict[int | str, dict[str, Any]] = {
-    200: {"model": PredictionAnswer | PredictionList, "description": "A list where the request had the field `images`."}
+    200: {"model": PredictionAnswer | PredictionList, "description": "A list if the request had the field `images`."}
 }
 PREDICT_EXTRA: dict[str, Any] = {
     "parameters": [

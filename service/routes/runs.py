@@ -19,7 +19,7 @@ from service.schemas.runs import LocalRunDocument, LocalRunList
 from service.state import Server, ServerState
 
 runs_router = APIRouter(prefix="/v1/runs", tags=["runs"], responses=RESPONSES)
-After = Annotated[str | None, Query(max_length=255, description="The `last_id` of the page before.")]
+After = Annotated[str | None, Query(max_length=255, description="The `last_id` of the previous page.")]
 
 
 @runs_router.get("")

@@ -26,7 +26,7 @@ class Status(BaseModel):
 class ReadyStatus(Status):
     """The default model of the server. A private model is not named, since this route needs no key."""
 
-    reference: str | None = Field(description="What was promoted, as in `flowers@champion`.")
+    reference: str | None = Field(description="The deployed reference, such as `flowers@champion`.")
     model: str | None
     version: str | None
 
@@ -37,7 +37,7 @@ class CallerDocument(BaseModel):
     object: Literal["caller"] = "caller"
     owner: str
     scopes: list[KeyScope]
-    needs_key: bool = Field(description="Whether this server has keys, so that it answers nobody without one.")
+    needs_key: bool = Field(description="Whether the server has API keys, so that every request needs one.")
 
 
 server_router = APIRouter(tags=["server"], responses={"5XX": RESPONSES["5XX"]})

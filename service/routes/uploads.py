@@ -39,7 +39,7 @@ PART_BODY: dict[str, Any] = {
                             "type": "integer",
                             "minimum": 1,
                             "maximum": 10_000,
-                            "description": "Its place; a part that is sent again under its number takes the place of the first.",
+                            "description": "The number of the part; a part that is sent again replaces the earlier one.",
                         },
                     },
                 }
@@ -54,16 +54,16 @@ class UploadRequest(RequestBody):
 
     filename: str = Field(min_length=1, max_length=1000)
     purpose: Literal["fine-tune", "batch"]
-    bytes: int = Field(ge=1, description="Of all parts together.")
-    mime_type: str | None = Field(None, max_length=200, description="Not needed: what the bytes are is seen from them.")
-    expires_after: dict[str, Any] | None = Field(None, description="Taken and not followed: a day after the last part.")
+    bytes: int = Field(ge=1, description="Total size of all parts.")
+    mime_type: str | None = Field(None, max_length=200, description="Ignored: the kind of file is detected from its contents.")
+    expires_after: dict[str, Any] | None = Field(None, description="Ignored: uploads expire a day after their last part.")
 
 
 class CompletionRequest(RequestBody):
     """The parts of the file, in order."""
 
     part_ids: list[str] = Field(min_length=1, max_length=10_000)
-    md5: str | None = Field(None, pattern=r"^[0-9a-fA-F]{32}$", description="Of the whole, in hexadecimal digits.")
+    md5: str | None = Field(None, pattern=r"^[0-9a-fA-F]{32}$", description="MD5 of the complete file, hexadecimal.")
 
 
 class PartDocument(BaseModel):
@@ -86,9 +86,9 @@ class UploadDocument(ListItem):
     filename: str
     purpose: Literal["fine-tune", "batch"]
     status: Literal["pending", "completed", "cancelled"]
-    expires_at: int = Field(description="When it is removed if nothing is added to it.")
-    parts: list[PartDocument] = Field(description="That have arrived, in their order; none once it is complete.")
-    file: FileDocument | None = Field(None, description="What was made of the parts.")
+    expires_at: int = Field(description="When the upload is deleted if no part is added.")
+    parts: list[PartDocument] = Field(description="The received parts, in order; none once the upload is complete.")
+    file: FileDocument | None = Field(None, description="The file that was made from the parts.")
 
 
 UploadList = Page[UploadDocument]

@@ -17,14 +17,14 @@ class BatchDocument(JobState):
     """A batch prediction, which is a queued job."""
 
     object: Literal["batch_prediction"] = "batch_prediction"
-    description: str = Field(description="The request in a few words.")
+    description: str = Field(description="A summary of the request.")
     input_file: str
-    model: str = Field(description="The version that answers, `name@version`: decided when the request was made.")
+    model: str = Field(description="The version that predicts, `name@version`, resolved when the request was made.")
     embedding: bool
     metadata: dict[str, str]
-    conclusion: str | None = Field(description="What came of it, in a sentence; null before it has succeeded.")
+    conclusion: str | None = Field(description="A summary of the result; null before it has succeeded.")
     error: JobError | None
-    result_files: list[str] = Field(description="Paths on this server: the result, and the answers in each format.")
+    result_files: list[str] = Field(description="Paths on this server: the result, and the table of predictions in each format.")
 
 
 class UnreadableDocument(BaseModel):
@@ -45,9 +45,9 @@ class BatchResult(BaseModel):
     classes: list[str]
     n_answered: int
     n_unreadable: int
-    unreadable: list[UnreadableDocument] = Field(description="The first 1,000 of them.")
+    unreadable: list[UnreadableDocument] = Field(description="At most 1,000 images.")
     summary: str
-    answers: list[str] = Field(description="Paths on this server, one a format.")
+    answers: list[str] = Field(description="Paths on this server, one for each format.")
 
 
 def _schema() -> dict[str, Any]:
@@ -61,7 +61,7 @@ BATCH_SCHEMAS = {"BatchCreate": _schema()}
 BATCH_BODY: dict[str, Any] = {
     "requestBody": {
         "required": True,
-        "description": "Which images, and which model answers them.",
+        "description": "The images, and the model that predicts them.",
         "content": {"application/json": {"schema": {"$ref": "#/components/schemas/BatchCreate"}}},
     }
 }

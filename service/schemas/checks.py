@@ -17,8 +17,8 @@ FIELDS = ("model", "data", "validation_file", "test_file", "metadata")  # of a j
 CHECK_BODY: dict[str, Any] = {
     "requestBody": {
         "required": False,
-        "description": "Nothing, or what a fine-tuning job says of how the data is read: `data`, `validation_file`, `test_file`, "
-        "and the `model` whose features find copies and wrong labels.",
+        "description": "Optional fields of a job spec: `data`, `validation_file` and `test_file` on how the data is read, "
+        "and the `model` whose features are used to find copies and wrong labels.",
         "content": {
             "application/json": {
                 "schema": {
@@ -42,10 +42,10 @@ class CheckDocument(JobState):
     """A data check, which is a queued job."""
 
     object: Literal["data_check"] = "data_check"
-    description: str = Field(description="The request in a few words.")
+    description: str = Field(description="A summary of the request.")
     file: str
     metadata: dict[str, str]
-    conclusion: str | None = Field(description="What was found, in a sentence; null before it has succeeded.")
+    conclusion: str | None = Field(description="A summary of the findings; null before it has succeeded.")
     error: JobError | None
     result_files: list[str] = Field(description="Paths on this server: the findings, and the page with pictures.")
 
@@ -54,32 +54,32 @@ class DataCaseDocument(BaseModel):
     """One image, or a group of related images, with the problem."""
 
     ids: list[str]
-    score: float = Field(description="How certain it is; larger is more.")
+    score: float = Field(description="The certainty of the case; larger is more certain.")
     said: str
-    suggested: str | None = Field(description="Another label, where one is likelier.")
-    key: str = Field(description="The same for the same images in another copy of the data.")
+    suggested: str | None = Field(description="A label that is more probable than the given one, if there is one.")
+    key: str = Field(description="Identifies the case: equal for the same images in another copy of the data.")
 
 
 class DataFindingDocument(BaseModel):
     """One kind of problem in the data."""
 
-    kind: str = Field(description="Such as `near_duplicates`; stays the same between releases.")
+    kind: str = Field(description="Such as `near_duplicates`; stable between releases.")
     severity: Literal["problem", "doubt", "note"]
     title: str
     count: int
     evidence: str
     advice: str
-    cases: list[DataCaseDocument] = Field(description="The strongest first, at most 200.")
+    cases: list[DataCaseDocument] = Field(description="The most certain ones first, at most 200.")
     fix: Literal["leave_out", "group", "relabel", "none"]
-    acknowledged: int = Field(description="Cases that were looked at and accepted; they are not among `cases`.")
+    acknowledged: int = Field(description="Number of cases that were reviewed and accepted; they are not among `cases`.")
 
 
 class Acknowledgement(RequestBody):
-    """Cases of one finding that are as they should be, or are to be shown again."""
+    """The acceptance of cases of one finding, or its withdrawal."""
 
     kind: str = Field(max_length=100, description="Of the finding.")
     keys: list[Annotated[str, Field(max_length=100)]] | None = Field(
-        default=None, max_length=LISTED, description="Of the cases; null for all that are listed."
+        default=None, max_length=LISTED, description="The keys of the cases; null for all listed ones."
     )
     acknowledged: bool = True
 

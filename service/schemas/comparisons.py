@@ -17,7 +17,7 @@ class ArmDocument(BaseModel):
     """One arm of a comparison's request."""
 
     name: str
-    set: dict[str, Any] = Field(description="What the arm changes of the request, `key.path` to value.")
+    set: dict[str, Any] = Field(description="The fields of the request that the arm changes: `key.path` to value.")
 
 
 class VerdictDocument(BaseModel):
@@ -26,7 +26,7 @@ class VerdictDocument(BaseModel):
     choose: str = Field(description="The name of the arm.")
     outcome: Literal["better", "equivalent", "undecided"]
     sentence: str
-    pareto: list[str] = Field(description="Arms that no other arm equals in quality and undercuts in cost.")
+    pareto: list[str] = Field(description="The Pareto front: arms that no other arm matches in quality at lower cost.")
     margin: float
 
 
@@ -34,11 +34,11 @@ class ComparisonDocument(JobState):
     """A comparison, which is a queued job. `verdict` is null before it has succeeded."""
 
     object: Literal["fine_tuning.comparison"] = "fine_tuning.comparison"
-    description: str = Field(description="The request in a few words.")
+    description: str = Field(description="A summary of the request.")
     arms: list[ArmDocument] = Field(description="Every arm, those of `methods` and `models` included; empty for `runs`.")
-    seeds: int | None = Field(description="Runs of each arm.")
-    runs: list[str] | None = Field(description="The jobs whose runs are compared, where that was asked for.")
-    margin: float = Field(description="A difference of the headline metric that does not matter.")
+    seeds: int | None = Field(description="Number of runs of each arm.")
+    runs: list[str] | None = Field(description="The jobs whose runs are compared, if existing jobs are compared.")
+    margin: float = Field(description="The largest difference of the headline metric that does not matter.")
     budget_seconds: float | None
     register_chosen: bool
     training_file: str | None
@@ -60,7 +60,7 @@ class FigureDocument(BaseModel):
     low: float | None = Field(description="Of the 95 % interval.")
     high: float | None
     n: int
-    sd: float | None = Field(description="Over runs; null with one run.")
+    sd: float | None = Field(description="Standard deviation over runs; null for one run.")
 
 
 class ArmResultDocument(BaseModel):
@@ -71,7 +71,7 @@ class ArmResultDocument(BaseModel):
     metrics: dict[str, FigureDocument] = Field(description="By `split/name`: the mean over runs.")
     cost: dict[str, float | None] = Field(description="Means over runs; names end in their unit.")
     per_class_recall: list[float | None]
-    note: str = Field(description="Why the arm has fewer runs than was asked for.")
+    note: str = Field(description="Why the arm has fewer runs than requested.")
 
 
 class PairDocument(BaseModel):
@@ -88,11 +88,11 @@ class PairDocument(BaseModel):
     seed_share: float | None
     p_value: float | None
     p_exact: float | None
-    p_adjusted: float | None = Field(description="Holm's adjustment for the number of pairs.")
+    p_adjusted: float | None = Field(description="The p-value after Holm's adjustment for the number of pairs.")
     test: str | None
     smallest_detectable: float | None
     n: int | None
-    only_a: float | None = Field(description="Images that only `a` answers rightly, on average over runs.")
+    only_a: float | None = Field(description="Number of images that only `a` predicts correctly, mean over runs.")
     only_b: float | None
     outcome: str | None
 
@@ -105,15 +105,15 @@ class ComparisonResult(BaseModel):
     dataset: str
     split: str = Field(description="What the arms were evaluated on: test, or cv.")
     classes: list[str]
-    headline: str = Field(description="The metric that the arms are tested by, as in `test/top1`.")
+    headline: str = Field(description="The metric that the arms are compared by in tests, such as `test/top1`.")
     leading: str | None = Field(
-        default=None, description="The metric that is told first: a mean over classes where these differ much in size."
+        default=None, description="The metric that is displayed first: a mean over classes if their sizes are very unequal."
     )
     arms: list[ArmResultDocument]
     pairs: list[PairDocument]
     verdict: VerdictDocument
-    left_out: int = Field(description="Images that one of the runs had trained or chosen on.")
-    cost: dict[str, float | None] = Field(description="Of the whole comparison.")
+    left_out: int = Field(description="Number of images that are left out because one of the runs was trained or chosen on them.")
+    cost: dict[str, float | None] = Field(description="Cost of the whole comparison.")
     registered: str | None
     report: str
     mlflow_run_id: str | None
@@ -129,7 +129,7 @@ class ComparedRun(BaseModel):
     status: Literal["waiting", "begun", "finished", "left_out"]
     metrics: dict[str, float | None] = {}
     cost: dict[str, float | None] = {}
-    links: dict[str, str | None] = Field({}, description="Paths on this server: the run, its report where it has one.")
+    links: dict[str, str | None] = Field({}, description="Paths on this server: the run, and its report if it has one.")
 
 
 class RunList(BaseModel):
@@ -143,8 +143,10 @@ class RunResult(ComparedRun):
     """One finished run with all its metrics."""
 
     classes: list[str]
-    hyperparameters: dict[str, Any] = Field(description="As resolved: what every `auto` became.")
-    splits: dict[str, Any] = Field(description="By split: n, figures with intervals, per class, confusion.")
+    hyperparameters: dict[str, Any] = Field(description="The resolved values: no field is `auto`.")
+    splits: dict[str, Any] = Field(
+        description="By split: number of images, metrics with intervals, table by class, confusion matrix."
+    )
     warnings: list[str]
     summary: str
 

@@ -12,16 +12,18 @@ class EvidenceDocument(BaseModel):
 
     what: str
     value: str
-    expected: str = Field(description="What the value would be where nothing is wrong; may be empty.")
+    expected: str = Field(description="The expected value in a healthy run; may be empty.")
 
 
 class FindingDocument(BaseModel):
     """Something that is wrong with a run."""
 
-    code: str = Field(description="Stable: branch on this.")
+    code: str = Field(description="A stable code for programs.")
     title: str
-    severity: Literal["problem", "note"] = Field(description="A problem costs quality; a note should be known.")
-    confidence: float = Field(description="0 to 1; 0.5 where the evidence just reaches its threshold.")
+    severity: Literal["problem", "note"] = Field(
+        description="A problem lowers quality or falsifies a metric; a note does neither."
+    )
+    confidence: float = Field(description="0 to 1; 0.5 if the evidence just reaches its threshold.")
     certainty: Literal["sure", "likely", "possible"]
     sentence: str
     evidence: list[EvidenceDocument]
@@ -54,6 +56,6 @@ class DiagnosisDocument(BaseModel):
     run: str
     against: str | None
     sentence: str
-    findings: list[FindingDocument] = Field(description="Problems first, causes before what follows from them.")
+    findings: list[FindingDocument] = Field(description="Problems first, causes before their consequences.")
     clear: list[ClearDocument]
     not_checked: list[NotCheckedDocument]

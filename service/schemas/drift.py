@@ -13,15 +13,19 @@ from service.schemas.body import RequestBody
 class DriftTestDocument(BaseModel):
     """One test of predictions in production against the reference."""
 
-    name: str = Field(description="`confidence`, `classes` and `embedding`; with several labels `labels`, `labels_per_image`.")
+    name: str = Field(
+        description="`confidence`, `classes` or `embedding`; for a multi-label model also `labels` or `labels_per_image`."
+    )
     what: str = Field(description="What is compared.")
     test: str
     statistic: float
     p: float
-    adjusted_p: float = Field(description="For the number of tests (Holm).")
+    adjusted_p: float = Field(description="The p-value after adjustment for the number of tests (Holm).")
     effect: float
     effect_measure: EffectMeasure
-    threshold: float = Field(description="Of the effect: below it, a difference does not matter however significant it is.")
+    threshold: float = Field(
+        description="The least relevant effect size: smaller effects do not count, however significant they are."
+    )
     drifted: bool = Field(description="The adjusted p is at most `alpha`, and the effect reaches its threshold.")
 
 
@@ -47,7 +51,7 @@ class DriftHour(BaseModel):
     n: int
     mean_confidence: float
     unlike_share: float | None = Field(
-        description="Share of images further from known ones than 95 % of held-out images; null where that is not known."
+        description="Share of images that are farther from the known images than 95 % of the held-out images; null if unknown."
     )
 
 
@@ -60,15 +64,15 @@ class DriftDocument(BaseModel):
     state: DriftState = Field(
         description="`no_reference` for bundles of earlier versions; `collecting` below `n_needed` live images."
     )
-    sentence: str = Field(description="The same for people.")
-    n: int = Field(description="Live images that are compared: the last ones, at most `window`.")
+    sentence: str = Field(description="The state as a sentence.")
+    n: int = Field(description="Number of compared images in production: the last ones, at most `window`.")
     n_needed: int
-    n_seen: int = Field(description="Live images in all.")
+    n_seen: int = Field(description="Number of all images in production.")
     window: int
     reference: DriftReference | None
-    alpha: float = Field(description="The probability of an alarm in one window although nothing has changed, at most.")
+    alpha: float = Field(description="The largest probability of a false alarm in one window.")
     drifted_since: int | None = Field(
         description="When the server first found drift, Unix seconds; null while it has found none. It tests every 100 images."
     )
     tests: list[DriftTestDocument] = Field(description="Empty below `n_needed`.")
-    hours: list[DriftHour] = Field(description="The last 48 hours that had answers, oldest first.")
+    hours: list[DriftHour] = Field(description="The last 48 hours with predictions, oldest first.")

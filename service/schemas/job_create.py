@@ -38,7 +38,7 @@ def _job_schemas() -> dict[str, Any]:
     properties["integrations"] = {"anyOf": [{"type": "array", "items": {"type": "object"}, "maxItems": 0}, {"type": "null"}]}
     definitions["SupervisedMethod"] = {
         "type": "object",
-        "description": "What the stock client sends: the method that is the default here.",
+        "description": "The value that the stock client sends: the default method of this server.",
         "required": ["type"],
         "additionalProperties": False,
         "properties": {
@@ -61,8 +61,8 @@ def _comparison_schemas(job: Mapping[str, Any]) -> dict[str, Any]:
     for properties in (settings["properties"], runs["properties"]):
         for field in properties.values():
             field.pop("title", None)
-    runs["properties"]["runs"] |= {"description": "Ids of fine-tuning jobs of yours that have succeeded."}
-    description = "A job spec that all arms share, and what differs between the arms (docs/comparison.md)."
+    runs["properties"]["runs"] |= {"description": "Ids of your fine-tuning jobs that have succeeded."}
+    description = "A job spec that all arms share, and the settings in which they differ (docs/comparison.md)."
     create = {
         **job,
         "title": "ComparisonCreate",
@@ -77,14 +77,14 @@ JOB_SCHEMAS |= _comparison_schemas(JOB_SCHEMAS["JobCreate"])
 JOB_BODY: dict[str, Any] = {
     "requestBody": {
         "required": True,
-        "description": "A JobSpec (docs/spec.md); the stock client's `method` of type `supervised` is understood too.",
+        "description": "A job spec (docs/spec.md). The `method` of type `supervised` of the stock client is accepted too.",
         "content": {"application/json": {"schema": {"$ref": "#/components/schemas/JobCreate"}}},
     }
 }
 COMPARISON_BODY: dict[str, Any] = {
     "requestBody": {
         "required": True,
-        "description": "A job spec with what differs between the arms (docs/comparison.md); or finished jobs to compare.",
+        "description": "A job spec with the settings in which the arms differ (docs/comparison.md), or finished jobs to compare.",
         "content": {
             "application/json": {
                 "schema": {

@@ -27,7 +27,7 @@ _ABOUT_THE_MODEL = ("unknown_backbone", "weights_unavailable")
 class JobError(BaseModel):
     """Why a job failed."""
 
-    code: str = Field(description="Stable: branch on this.")
+    code: str = Field(description="A stable code for programs.")
     message: str
     param: str | None = None
 
@@ -46,15 +46,15 @@ class ProgressDocument(BaseModel):
 class JobState(ListItem):
     """The state of a job of any kind. `status` is one of the fixed names, including `cancelling`."""
 
-    created_at: int = Field(description="Unix seconds, as all times.")
+    created_at: int = Field(description="Unix seconds, like all times.")
     started_at: int | None
     finished_at: int | None
     estimated_finish: int | None
     status: JobStatus
     phase: str | None = Field(description="preparing, features, training, evaluating, exporting, registering or runs.")
     progress: ProgressDocument | None
-    attempts: int = Field(description="How often it was started; a job whose worker dies is started again and resumes.")
-    queue_position: int | None = Field(description="How many jobs are before it, while it is queued.")
+    attempts: int = Field(description="How often the job was started; if its worker dies, it is started again and resumes.")
+    queue_position: int | None = Field(description="While the job is queued: the number of jobs before it.")
     organization_id: str = Field(description="Whose job it is.")
 
 
@@ -67,7 +67,8 @@ class JobDocument(JobState):
     fine_tuned_version: str | None
     method: dict[str, Any]
     hyperparameters: dict[str, Any] = Field(
-        description="As resolved once the run has decided them; `auto` until then. Null: not used. They can be sent again."
+        description="The resolved values, or `auto` until the run has resolved them. Null: not used. The object can be "
+        "sent in a new request."
     )
     seed: int
     suffix: str | None
@@ -75,7 +76,7 @@ class JobDocument(JobState):
     validation_file: str | None
     test_file: str | None
     metadata: dict[str, str]
-    metrics: dict[str, float | None] = Field(description="Of the finished model, by `split/name`.")
+    metrics: dict[str, float | None] = Field(description="Metrics of the finished model, by `split/name`.")
     error: JobError | None
     result_files: list[str] = Field(default=[], description="Paths on this server: result, report, bundle.")
     integrations: list[dict[str, Any]] = Field(default=[])
@@ -93,16 +94,18 @@ class ResultDocument(BaseModel):
     classes: list[str]
     method: dict[str, Any]
     hyperparameters: dict[str, Any] = Field(
-        description="As resolved: what every `auto` became. Null: not used, as the learning rate of a linear probe."
+        description="The resolved values: no field is `auto`. Null: not used, such as the learning rate of a linear probe."
     )
     metrics: dict[str, float | None] = Field(description="By `split/name`.")
     cost: dict[str, float | None] = Field(description="Seconds, bytes, parameters, the latency of one prediction.")
-    splits: dict[str, Any] = Field(description="By split: n, figures with intervals, per class, confusion.")
+    splits: dict[str, Any] = Field(
+        description="By split: number of images, metrics with intervals, table by class, confusion matrix."
+    )
     cross_validation: dict[str, Any] | None
     warnings: list[str]
     summary: str
-    license: str | None = Field(description="Of the pretrained weights.")
-    links: dict[str, str | None] = Field(description="Paths on this server: version, report, bundle. Null where there is none.")
+    license: str | None = Field(description="Licence of the pretrained weights.")
+    links: dict[str, str | None] = Field(description="Paths on this server: version, report, bundle; null if there is none.")
 
 
 class EventDocument(ListItem):
@@ -113,7 +116,7 @@ class EventDocument(ListItem):
     level: Literal["info", "warn", "error"]
     message: str
     type: Literal["message", "metrics"] = "message"
-    kind: str = Field(description="What happened, for programs: queued, running, warning, requeued, …")
+    kind: str = Field(description="The kind of event, for programs: queued, running, warning, requeued, …")
     data: dict[str, Any]
 
 
@@ -126,7 +129,7 @@ class CheckpointMetrics(BaseModel):
     step: int
     train_loss: float | None = None
     valid_loss: float | None = None
-    values: dict[str, float | None] = Field({}, description="All of that step, by `split/name`.")
+    values: dict[str, float | None] = Field({}, description="All metrics of that step, by `split/name`.")
 
 
 class CheckpointDocument(ListItem):
@@ -135,7 +138,9 @@ class CheckpointDocument(ListItem):
     object: Literal["fine_tuning.job.checkpoint"] = "fine_tuning.job.checkpoint"
     created_at: int
     fine_tuning_job_id: str
-    fine_tuned_model_checkpoint: str = Field(description="Where a run would resume; not a model that is served.")
+    fine_tuned_model_checkpoint: str = Field(
+        description="A checkpoint that the run can resume from; it is not a model that can be served."
+    )
     step_number: int
     metrics: CheckpointMetrics
 

@@ -7,7 +7,7 @@ from typing import Annotated, Generic, Literal, TypeVar
 from fastapi import Query
 from pydantic import BaseModel
 
-After = Annotated[str | None, Query(max_length=100, pattern=r"^[!-~]*$", description="The `last_id` of the page before.")]
+After = Annotated[str | None, Query(max_length=100, pattern=r"^[!-~]*$", description="The `last_id` of the previous page.")]
 Limit = Annotated[int, Query(ge=1, le=100)]
 
 

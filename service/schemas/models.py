@@ -19,15 +19,15 @@ class VersionSummary(BaseModel):
     created: int = Field(description="Unix seconds.")
     aliases: list[str]
     live: bool = Field(description="In memory now.")
-    refused: str | None = Field(description="Why the server does not serve this version although it was asked to.")
+    refused: str | None = Field(description="Why the server refuses to serve this version.")
 
 
 class ModelDocument(ListItem):
     """A registered model: the fields of the public API (`id`, `object`, `created`, `owned_by`) and additional ones."""
 
     object: Literal["model"] = "model"
-    created: int = Field(description="Unix seconds, of the newest version.")
-    owned_by: str = Field(description="The owner of the job that made it; `finetune` where no job did.")
+    created: int = Field(description="When the newest version was registered, Unix seconds.")
+    owned_by: str = Field(description="The owner of the job that made the model; `finetune` if no job made it.")
     visibility: Visibility = Field(
         description="`shared`: everyone with a key may use it. `private`: its owner and administrators."
     )
@@ -45,23 +45,29 @@ class VersionDocument(BaseModel):
     aliases: list[str]
     owned_by: str
     visibility: Visibility
-    classes: list[str] = Field(description="In the order of the model's outputs.")
+    classes: list[str] = Field(description="The classes, in the order of the model's outputs.")
     method: dict[str, Any]
-    hyperparameters: dict[str, Any] = Field(description="As resolved; empty where the run's folder is gone.")
+    hyperparameters: dict[str, Any] = Field(description="The resolved values; empty if the run's folder no longer exists.")
     backbone: str
     weights: dict[str, Any] = Field(description="Where the pretrained weights came from: source, identifier, sha256, license.")
     license: str | None
-    input_size_px: list[int] = Field(description="Height and width that the model takes.")
+    input_size_px: list[int] = Field(description="Height and width of the input.")
     metrics: dict[str, float | None] = Field(description="By `split/name`.")
-    splits: dict[str, Any] = Field(description="By split: n, figures with intervals, per class, confusion.")
-    calibration: dict[str, Any] = Field(description="Temperature; under `held_out`, how far answers may be relied on.")
-    abstain_precision: float | None = Field(description="At which precision the owner has switched abstention on; null: off.")
-    parity: dict[str, Any] = Field(description="How exactly the exported model answers as the trained one.")
-    explanation: dict[str, Any] = Field(description="Whether there is an activation map, and if not, why.")
-    versions: dict[str, str] = Field(description="Of the libraries that made it.")
+    splits: dict[str, Any] = Field(
+        description="By split: number of images, metrics with intervals, table by class, confusion matrix."
+    )
+    calibration: dict[str, Any] = Field(
+        description="The temperature and, under `held_out`, the thresholds of prediction sets and abstention."
+    )
+    abstain_precision: float | None = Field(
+        description="The precision with which the owner has switched abstention on; null: off."
+    )
+    parity: dict[str, Any] = Field(description="The largest differences between the exported and the trained model.")
+    explanation: dict[str, Any] = Field(description="Whether the model has a class activation map, and if not, why.")
+    versions: dict[str, str] = Field(description="Versions of the libraries that the bundle was made with.")
     bundle_bytes: int
-    exports: list[str] = Field(description="Formats of other tools in which this server can write the version.")
-    links: dict[str, str | None] = Field(description="Paths on this server: report, bundle, card, job. Null where there is none.")
+    exports: list[str] = Field(description="Formats of other tools that this server can export the version to.")
+    links: dict[str, str | None] = Field(description="Paths on this server: report, bundle, card, job; null if there is none.")
 
 
 ModelList = Page[ModelDocument]
@@ -76,7 +82,9 @@ class ModelChange(RequestBody):
 class Abstention(RequestBody):
     """The precision at which a version abstains by default."""
 
-    precision: float | None = Field(ge=0.5, le=0.99, description="The share of its answers that shall be right; null: never.")
+    precision: float | None = Field(
+        ge=0.5, le=0.99, description="The share of the remaining predictions that must be correct; null: abstention is off."
+    )
 
 
 class ModelDeleted(BaseModel):
@@ -91,14 +99,18 @@ class PromotionConditions(RequestBody):
     """Additional conditions of a promotion. A version must always load, have parity, know the same classes, and not be worse
     than the version that it replaces on the test images of both (paired test, p < 0.05)."""
 
-    minimum: dict[str, float] = Field(default={}, max_length=32, description="The least value of each metric, as in `test/top1`.")
-    force: bool = Field(default=False, description="Promote although a condition fails. What cannot be loaded is refused anyway.")
+    minimum: dict[str, float] = Field(
+        default={}, max_length=32, description="Minimum value of each metric, by key such as `test/top1`."
+    )
+    force: bool = Field(
+        default=False, description="Promote even if a condition fails. A version that cannot be loaded is always refused."
+    )
 
 
 class AliasTarget(PromotionConditions):
     """The version for an alias, with conditions of the promotion."""
 
-    version: str = Field(min_length=1, max_length=63, description="A version's number, or an alias that means it.")
+    version: str = Field(min_length=1, max_length=63, description="The number of a version, or one of its aliases.")
 
 
 class ShareDocument(RequestBody):
@@ -112,8 +124,12 @@ class DeploymentChange(PromotionConditions):
     """The new deployment for requests without a model name. A canary or shadow that is not given is switched off."""
 
     reference: Annotated[str, Field(min_length=1, max_length=127, description="name, name@version or name@alias")]
-    canary: ShareDocument | None = Field(default=None, description="Answers this share of the requests instead.")
-    shadow: ShareDocument | None = Field(default=None, description="Computes this share of the answers a second time; logged.")
+    canary: ShareDocument | None = Field(
+        default=None, description="The model that answers this share of the requests instead of the default."
+    )
+    shadow: ShareDocument | None = Field(
+        default=None, description="The model that also predicts for this share of the requests; disagreements are logged."
+    )
 
 
 class DeploymentDocument(BaseModel):
@@ -123,7 +139,9 @@ class DeploymentDocument(BaseModel):
     reference: str | None
     model: str | None
     version: str | None
-    pinned: bool = Field(description="Chosen when the server was started (--model), so promotions do not change it.")
+    pinned: bool = Field(
+        description="Whether the model was chosen when the server was started (--model), so that promotions do not change it."
+    )
     canary: ShareDocument | None
     shadow: ShareDocument | None
 

@@ -16,12 +16,14 @@ class PlanRequest(RequestBody):
     """The request for a plan: methods, and facts about data that need not be uploaded yet."""
 
     methods: list[str | dict[str, Any]] = Field(
-        min_length=1, max_length=MAX_METHODS, description="As for a job: `linear_probe`, `{type: partial, stages: 2}` …"
+        min_length=1, max_length=MAX_METHODS, description="As in a job spec: `linear_probe`, `{type: partial, stages: 2}` …"
     )
-    images: int | None = Field(default=None, ge=1, le=10_000_000, description="How many; without it no time is foretold.")
+    images: int | None = Field(
+        default=None, ge=1, le=10_000_000, description="Number of images; without it, no durations are estimated."
+    )
     classes: int = Field(default=2, ge=1, le=100_000)
     bytes: int | None = Field(
-        default=None, ge=1, le=1 << 50, description="Of all image files together; by default those of typical photographs."
+        default=None, ge=1, le=1 << 50, description="Total size of all image files; by default that of typical photographs."
     )
     model: str | dict[str, Any] | None = Field(default=None, description="As for a job.")
     data: dict[str, Any] | None = Field(default=None, description="As for a job.")
@@ -52,9 +54,9 @@ class PlanSeconds(BaseModel):
 class PlannedMethod(BaseModel):
     """The plan of one method."""
 
-    method: dict[str, Any] = Field(description="As it was understood.")
-    trains: list[int] = Field(description="Stages that learn, by index, besides the head.")
-    may_train: list[int] = Field(description="Stages that are tried, and learn where that pays.")
+    method: dict[str, Any] = Field(description="The method, with all its fields.")
+    trains: list[int] = Field(description="Indices of the stages that train, besides the head.")
+    may_train: list[int] = Field(description="Indices of the stages that train only if that improves the model.")
     seconds: PlanSeconds | None
 
 
@@ -66,4 +68,4 @@ class PlanDocument(BaseModel):
     parameters: int
     input_size_px: list[int]
     stages: list[PlanStage]
-    methods: list[PlannedMethod] = Field(description="In the order of the request.")
+    methods: list[PlannedMethod] = Field(description="The plans, in the order of the request.")

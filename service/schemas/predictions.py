@@ -15,25 +15,27 @@ class PredictOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    top_k: int | None = Field(None, ge=1, description="How many classes to answer; all where there are fewer. Default: 5.")
-    explain: bool = Field(False, description="Also answer where the model looked: the class activation map of the top class.")
-    embedding: bool = Field(False, description="Also answer the image's embedding: what the last linear layer sees.")
+    top_k: int | None = Field(None, ge=1, description="Number of classes to return, or all if there are fewer. Default: 5.")
+    explain: bool = Field(False, description="Also return the class activation map of the most probable class.")
+    embedding: bool = Field(False, description="Also return the embedding of the image: the input of the last linear layer.")
     coverage: float | None = Field(
         None,
         ge=0.5,
         le=0.99,
-        description="Also answer a set of labels that holds the right one with this probability, as in 0.9.",
+        description="Also return a set of labels that contains the true one with this probability, such as 0.9.",
     )
-    per_class: bool = Field(False, description="The coverage holds for each class by itself, not only on average: larger sets.")
+    per_class: bool = Field(False, description="Guarantee the coverage for each class, not only on average; the sets are larger.")
     abstain: bool | None = Field(
         None,
-        description="Also answer whether to rely on the answer: `abstained`. Default: what the model's owner has switched on.",
+        description="Also return `abstained`: whether the prediction is too uncertain to rely on. Default: the setting of "
+        "the model's owner.",
     )
     precision: float | None = Field(
         None,
         ge=0.5,
         le=0.99,
-        description="Abstain, so that this share of the answers given is right. Default: the owner's choice, else 0.95.",
+        description="The share of the remaining predictions that must be correct. Default: the setting of the model's "
+        "owner, else 0.95.",
     )
 
     @property
@@ -52,10 +54,12 @@ class LabelProbability(BaseModel):
 class Explanation(BaseModel):
     """The class activation map. Map and images are null, with a reason, for a model whose head does not allow an exact map."""
 
-    label: str = Field(description="The class that is explained: the most probable one.")
-    cam: list[list[float]] | None = Field(description="h' × w' contributions to the class's logit, over the preprocessed image.")
+    label: str = Field(description="The class that the map is for: the most probable one.")
+    cam: list[list[float]] | None = Field(
+        description="The contributions of h' × w' positions of the preprocessed image to the logit of the class."
+    )
     overlay_png_base64: str | None = Field(description="The preprocessed image with the map drawn over it, as PNG.")
-    image_jpeg_base64: str | None = Field(description="The preprocessed image alone: what the model saw, as JPEG.")
+    image_jpeg_base64: str | None = Field(description="The preprocessed image without the map, as JPEG.")
     reason: str | None = Field(description="Why there is no map.")
 
 
@@ -64,13 +68,15 @@ class Timings(BaseModel):
 
     predict_ms: float = Field(description="Decoding, preprocessing and the model.")
     explain_ms: float
-    total_ms: float = Field(description="From the complete body to the answer, waiting for a free core included.")
+    total_ms: float = Field(description="From the complete body to the response, including the wait for a free core.")
 
 
 class PredictionSet(BaseModel):
     """A set of labels that contains the true one with a chosen probability."""
 
-    coverage: float = Field(description="That the set has: what was asked, rounded up to what the bundle knows.")
+    coverage: float = Field(
+        description="The coverage of the set: the requested one, rounded up to one that the bundle has thresholds for."
+    )
     labels: list[str] = Field(description="Most probable first; never empty.")
 
 
@@ -81,24 +87,29 @@ class ImagePrediction(BaseModel):
     explanation: Explanation | None
     labels: list[str] | None = Field(
         None,
-        description="Only of models for which an image may have several labels, or none: those that it is given, the most "
-        "probable first. A label is given where its probability reaches its threshold.",
+        description="Multi-label models only: the predicted labels, the most probable first. A label is predicted if its "
+        "probability reaches its threshold.",
     )
     scores: dict[str, float] | None = Field(None, description="With `labels`: the probability of every class, by name.")
     thresholds: dict[str, float] | None = Field(
-        None, description="With `labels`: the probability from which on each class is given, by name."
+        None, description="With `labels`: the probability threshold of every class, by name."
     )
     embedding: list[float] | None = None
-    prediction_set: PredictionSet | None = Field(None, description="Only where a `coverage` was asked for.")
+    prediction_set: PredictionSet | None = Field(None, description="Only if `coverage` was requested.")
     abstained: bool | None = Field(
         None,
-        description="Do not rely on this answer. Only where that was asked for, or where the model's owner has switched it on.",
+        description="Whether the prediction is too uncertain to rely on. Only if this was requested, or switched on by "
+        "the model's owner.",
     )
     reason: Literal["unsure", "unlike"] | None = Field(
-        None, description="Why it abstained: not sure enough for the precision, or an image unlike anything seen."
+        None,
+        description="Why the model abstained: `unsure`, too uncertain for the precision; `unlike`, an image unlike the "
+        "known ones.",
     )
     novelty: float | None = Field(
-        None, description="Share of held-out images that are less unlike the known ones; from 0.95 on it is unlike anything seen."
+        None,
+        description="Share of the held-out images that are closer to the known images than this one; from 0.95 on, the "
+        "image counts as unlike them.",
     )
 
 
@@ -113,7 +124,7 @@ class PredictionAnswer(ImagePrediction):
 class ImageFailure(BaseModel):
     """The error of an image without prediction."""
 
-    code: str = Field(description="Stable: branch on this.")
+    code: str = Field(description="A stable code for programs.")
     message: str
     errors: list[FieldProblem] = []
 

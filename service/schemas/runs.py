@@ -19,9 +19,9 @@ class LocalRunDocument(ListItem):
     method: str | None = Field(description="The method that the model was trained with; null for a comparison.")
     metrics: dict[str, float | None] = Field(description="By `split/name`; empty for a comparison.")
     verdict: VerdictDocument | None = Field(description="Of a comparison.")
-    model: str | None = Field(description="What it registered; null where that is nothing.")
+    model: str | None = Field(description="The registered version; null if none was registered.")
     version: str | None
-    links: dict[str, str | None] = Field(description="Paths on this server: report. Null where there is none.")
+    links: dict[str, str | None] = Field(description="Path on this server of the report; null if there is none.")
 
 
 LocalRunList = Page[LocalRunDocument]

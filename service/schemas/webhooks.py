@@ -31,14 +31,14 @@ class WebhookDocument(ListItem):
     url: str
     events: list[str]
     created_at: int
-    disabled_at: int | None = Field(description="When the receiver answered 410 Gone; nothing is sent since.")
+    disabled_at: int | None = Field(description="When the receiver responded with 410 Gone; nothing has been sent since.")
     owned_by: str
 
 
 class CreatedWebhook(WebhookDocument):
     """A new webhook with its secret."""
 
-    secret: str = Field(description="Signs what is sent, as in the Standard Webhooks specification; shown only now.")
+    secret: str = Field(description="The key that signs the deliveries (Standard Webhooks specification); it is not shown again.")
 
 
 class DeliveryDocument(ListItem):
@@ -50,7 +50,7 @@ class DeliveryDocument(ListItem):
     attempts: int
     created_at: int
     next_attempt_at: int | None
-    status: int | None = Field(description="Of the last answer.")
+    status: int | None = Field(description="HTTP status of the last response.")
     error: str | None = Field(description="Why the last attempt failed.")
 
 

@@ -112,7 +112,7 @@ def test_what_answers_is_decided_when_the_request_is_made(client: TestClient, tm
     assert (answer.status_code, answer.headers["location"]) == (201, f"{BATCHES}/{made['id']}")
     expected = {
         "object": "batch_prediction", "status": "queued", "queue_position": 0, "input_file": file_id, "model": "colours@1",
-        "embedding": True, "metadata": {"trip": "sea"}, "description": "images answered by colours@1", "conclusion": None,
+        "embedding": True, "metadata": {"trip": "sea"}, "description": "images predicted by colours@1", "conclusion": None,
         "error": None, "result_files": [], "organization_id": "local",
     }  # fmt: skip
     assert expected.items() <= made.items()
@@ -237,7 +237,7 @@ def test_a_worker_answers_every_image_as_predict_does(tmp_path: Path) -> None:
     with live_server(tmp_path, worker=True) as server, Client(server.url) as client:
         batch_id = client.create_batch(client.upload(folder, purpose="batch"), embedding=True)["id"]
         done = client.wait(batch_id, poll_seconds=0.1)
-        assert (done["status"], done["conclusion"]) == ("succeeded", "3 images answered by colours@1, 1 could not be read.")
+        assert (done["status"], done["conclusion"]) == ("succeeded", "3 images predicted by colours@1, 1 could not be read.")
         result = client.result(batch_id)
         assert (result["n_answered"], result["n_unreadable"], result["unreadable"][0]["file"]) == (3, 1, "broken.png")
         rows = list(csv.DictReader(io.StringIO(client.download_answers(batch_id, tmp_path / "answers.csv").read_text())))
@@ -266,7 +266,7 @@ def test_the_command_asks_a_server_and_writes_what_it_answers(tmp_path: Path) ->
         asked = ("predict", str(folder), "--server", server.url, "--out", str(out))
         ran = command_line(*asked, "--model", "colours@1")
         assert ran.returncode == 0, ran.stderr
-        assert "2 images answered by colours@1; the answers are in" in ran.stderr.replace("\n", "")
+        assert "2 images predicted by colours@1; the predictions are in" in ran.stderr.replace("\n", "")
         with open(out, newline="") as stream:
             assert [row["predicted"] for row in csv.DictReader(stream)] == ["red", "blue"]
         (folder / "broken.png").write_bytes(b"broken")

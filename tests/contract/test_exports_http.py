@@ -148,5 +148,5 @@ def test_nobody_fills_the_queue_of_exports(tmp_path: Path, monkeypatch: pytest.M
         return found
 
     for exported in asyncio.run(ask()):
-        assert len(b"".join(exported.pieces())) == exported.size_bytes > 0
+        assert len(b"".join(exported.chunks())) == exported.size_bytes > 0
     assert list((tmp_path / "exports").iterdir()) == []

@@ -95,7 +95,7 @@ def test_the_stock_client_is_told_what_is_wrong(server: LiveServer) -> None:
     assert refused.value.status() == "422"
     assert (
         refused.value.message()
-        == "the input is of another type; inputs[0].datatype: must be UINT8 (pixels) or BYTES (encoded files)"
+        == "the input has an unsupported type; inputs[0].datatype: must be UINT8 (pixels) or BYTES (encoded files)"
     )
     with pytest.raises(InferenceServerException, match="no model 'nothing'"):
         client.get_model_metadata("nothing")

@@ -17,7 +17,7 @@ from finetune.data.check import _warnings as check_warnings
 from finetune.data.dataset import Dataset, LocalFile, Sample, unmeasured
 from finetune.data.notes import Notes
 from finetune.data.split import split_dataset
-from finetune.doctor.classes import first_look
+from finetune.doctor.classes import class_warnings
 from finetune.errors import FinetuneError
 from finetune.events import Event
 from finetune.jobs import store
@@ -105,7 +105,7 @@ def warnings_of_checked_data() -> tuple[str, ...]:
     classes = ("a dog|red", "a cat|red", "a dog|blue", "dark red", "dark-red")
     dataset = Dataset("photos", "photos", classes, (*many, *copies, *(sample(f"few {one}", one, "train") for one in (2, 3, 4))))
     notes = Notes(not_images=["notes.txt"])
-    found = (*check_warnings(dataset, dataset.samples), *first_look(dataset), *notes.warnings(), unmeasured("val", ["a"]))
+    found = (*check_warnings(dataset, dataset.samples), *class_warnings(dataset), *notes.warnings(), unmeasured("val", ["a"]))
     assert len(found) == 10, found
     return found
 

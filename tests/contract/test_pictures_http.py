@@ -203,7 +203,7 @@ def test_two_images_of_one_name_in_one_class_are_both_kept(client: TestClient) -
         ({"labels": {"daisy/0.png": ".hidden"}}, "no dot at its beginning"),
         ({"labels": {"daisy/0.png": "a\\b"}}, "no backslash"),
         ({"labels": {"daisy/0.png": "a\u202eb"}}, "control or direction characters"),
-        ({"labels": {"daisy/0.png": "__MACOSX"}}, "labels.daisy/0.png: '__MACOSX' cannot be the name of a class: folders that"),
+        ({"labels": {"daisy/0.png": "__MACOSX"}}, "labels.daisy/0.png: '__MACOSX' cannot be the name of a class: systems and"),
         ({"labels": {"daisy/0.png": "@eaDir"}}, "labels.daisy/0.png: '@eaDir' cannot be"),
         ({"labels": {"daisy/0.png": " Thumbs.db"}}, "labels.daisy/0.png: ' Thumbs.db' cannot be"),
         ({"renamed": {"rose": "daisy"}}, "only one class"),

@@ -204,7 +204,7 @@ def test_a_spreadsheet_beside_images_is_named(tmp_path: Path) -> None:
     location = FORMATS["class folders"].write(tmp_path / "data", PLAIN)
     (location / "labels.xlsx").write_bytes(b"PK\x03\x04")
     (warning,) = index_dataset(location).warnings
-    assert warning.startswith("labels.xlsx was left out, for spreadsheets are not read; if it names labels, save it as CSV")
+    assert warning.startswith("labels.xlsx was left out: spreadsheets are not read; if it contains labels, save it as CSV")
     flat = tmp_path / "flat"
     flat.mkdir()
     for number, image in enumerate(sorted(location.rglob("*.png"))):

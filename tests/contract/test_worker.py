@@ -192,7 +192,7 @@ def test_a_run_that_cannot_be_started_is_put_back(store: JobStore, home: Path) -
 @pytest.mark.parametrize("stopped_from_outside", [False, True])
 def test_a_run_that_hangs_is_ended_and_tried_again(store: JobStore, home: Path, stopped_from_outside: bool) -> None:
     job = submit(store, **(FOR_EVER if stopped_from_outside else {"steps": 3, "hang_at": 2}))
-    one = worker(store, home, beat_seconds=0.1)
+    one = worker(store, home, heartbeat_seconds=0.1)
     drive(one, until=started(home, job))
     one.settings = dataclasses.replace(one.settings, stall_seconds=0.4)  # not before: a busy machine is slow to start it
     if stopped_from_outside:
@@ -289,7 +289,7 @@ def test_the_gpus_to_use_are_those_that_this_process_may_use(tmp_path: Path, mon
 def test_a_database_that_fails_for_a_while_costs_nothing(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = JobStore(open_database(home / "jobs.db"), lease_seconds=60)  # longer than what follows
     jobs = [submit(store, steps=30, step_seconds=0.02) for _ in range(2)]
-    one = worker(store, home, beat_seconds=0.1)
+    one = worker(store, home, heartbeat_seconds=0.1)
     drive(one, until=started(home, jobs[0]))
     failures = 0
 
@@ -395,7 +395,7 @@ def test_a_second_signal_hurries_a_worker_that_waits_for_its_run(store: JobStore
     with worker_process(home, cancel_grace_seconds=1000.0) as process:
         wait(started(home, job))
         process.send_signal(signal.SIGTERM)
-        wait(lambda: "jobs are handed back" in (home / "worker.log").read_text())
+        wait(lambda: "jobs are returned to the queue" in (home / "worker.log").read_text())
         process.send_signal(signal.SIGTERM)
         assert process.wait(DEADLINE_SECONDS) == 0
     assert store.get(job.id).state == "queued"
@@ -410,7 +410,7 @@ def test_a_worker_that_cannot_hand_its_jobs_back_stops_all_the_same(home: Path) 
         (home / "jobs.db").unlink()
         process.send_signal(signal.SIGTERM)
         assert process.wait(DEADLINE_SECONDS) == 0
-    assert f"{job.id} could not be handed back" in (home / "worker.log").read_text()
+    assert f"{job.id} could not be returned to the queue" in (home / "worker.log").read_text()
 
 
 def test_the_kernels_count_of_memory_kills_is_read(tmp_path: Path) -> None:

@@ -133,7 +133,7 @@ def _queue(home: Path, workspace: Path) -> tuple[JobStore, Job]:
 
 
 def _work(store: JobStore, home: Path) -> None:
-    settings = WorkerSettings(threads=1, beat_seconds=1.0, retry_base_seconds=0.0)
+    settings = WorkerSettings(threads=1, heartbeat_seconds=1.0, retry_base_seconds=0.0)
     Worker(store, LocalExecutor(), home, settings).run(until_idle=True)
 
 
@@ -181,7 +181,7 @@ def test_a_worker_that_is_killed(point: str, tmp_path: Path) -> None:
     script = Path(__file__).parents[1] / "job_standin.py"
     environment = {**os.environ, **crashing_at(point, tmp_path / "crashed")}
     with open(tmp_path / "worker.log", "wb") as log:
-        settings = json.dumps({"beat_seconds": LEASE_SECONDS})
+        settings = json.dumps({"heartbeat_seconds": LEASE_SECONDS})
         process = subprocess.Popen([sys.executable, script, tmp_path, settings], env=environment, stdout=log, stderr=log)
         wait(lambda: process.poll() is not None)
     assert process.returncode == -9, (tmp_path / "worker.log").read_text()

@@ -58,7 +58,7 @@ def test_a_job_whose_disk_fills_up_ends_when_there_is_space(
     )
     store = JobStore(open_database(small_disk / "jobs.db"))
     job, _ = store.create("ada", spec.model_dump(mode="json"), spec_digest=spec.digest(), suffix="full")
-    settings = WorkerSettings(threads=1, beat_seconds=1.0, retry_base_seconds=0.2, min_free_bytes=1 << 20)
+    settings = WorkerSettings(threads=1, heartbeat_seconds=1.0, retry_base_seconds=0.2, min_free_bytes=1 << 20)
     worker = Worker(store, LocalExecutor(), small_disk, settings)
     ballast = small_disk / "ballast"
     ballast.write_bytes(b"x" * (3 << 20))  # what is left suffices to begin with

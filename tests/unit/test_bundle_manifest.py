@@ -48,9 +48,9 @@ def test_a_manifest_that_could_not_be_read_is_not_written(tmp_path: Path) -> Non
     ("changes", "says"),
     [
         ({"classes": []}, "classes: "),
-        ({"classes": ["a", "b", "a"]}, "classes ['a'] stand there twice"),
+        ({"classes": ["a", "b", "a"]}, "classes ['a'] are listed twice"),
         ({"classes": ["a", 7]}, "classes.1: "),
-        ({"outputs": ["probs"]}, "outputs ['probs'] must hold each of ['probs', 'logits', 'embedding'] once"),
+        ({"outputs": ["probs"]}, "outputs ['probs'] must contain each of ['probs', 'logits', 'embedding'] once"),
         ({"outputs": ["probs", "logits", "embedding"]}, "cam.available is True, but outputs are"),
         ({"outputs": ["probs", "logits", "embedding", "heatmap"]}, "outputs.3: "),
         ({"metrics": {"val/top1": "high"}}, "metrics.val/top1: "),

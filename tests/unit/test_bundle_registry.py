@@ -174,7 +174,7 @@ def test_rollback_without_a_past_says_so(registry: Registry, bundle: Path) -> No
     with pytest.raises(NotFound, match="no version or alias 'challenger'"):
         registry.rollback("trees", "challenger")
     registry.set_alias("trees", "champion", "1")
-    with pytest.raises(Conflict, match="has only ever meant version 1"):
+    with pytest.raises(Conflict, match="has never pointed at a version other than 1"):
         registry.rollback("trees")
 
 
@@ -235,7 +235,7 @@ def test_a_reference_is_a_folder_a_name_or_a_name_with_a_version_or_alias(regist
     assert registry.locate(str(bundle)) == registry.locate(str(bundle.parent)) == bundle, "the bundle, or its run's folder"
     assert registry.locate() == registry.locate("trees") == registry.locate("trees@champion") == folder / "1"
     assert registry.locate("trees@2") == registry.locate("trees@latest") == folder / "2"
-    with pytest.raises(NotFound, match="no run that was exported, and no bundle, is in this folder"):
+    with pytest.raises(NotFound, match="this folder is neither a bundle nor a run that exported a model"):
         registry.locate("./nowhere")
     with pytest.raises(NotFound, match="no version or alias '7'"):
         registry.locate("trees@7")
@@ -257,7 +257,7 @@ def test_what_an_alias_means_is_only_deleted_by_force(registry: Registry, bundle
     for _ in range(2):
         registry.register(bundle, "trees")
     registry.set_alias("trees", "champion", "2")
-    with pytest.raises(Conflict, match="version 2 of trees is what champion, latest means"):
+    with pytest.raises(Conflict, match="aliases point at version 2 of trees: champion, latest"):
         registry.delete("trees", "2")
     assert versions(registry) == ["1", "2"]
     registry.delete("trees", "2", force=True)
@@ -268,7 +268,7 @@ def test_what_an_alias_means_is_only_deleted_by_force(registry: Registry, bundle
 def test_a_whole_model_is_deleted_by_force_and_starts_behind_its_old_numbers(registry: Registry, bundle: Path) -> None:
     for _ in range(2):
         registry.register(bundle, "trees")
-    with pytest.raises(Conflict, match="trees is what champion, latest means"):
+    with pytest.raises(Conflict, match="aliases point at trees: champion, latest"):
         registry.delete("trees")
     registry.delete("trees", force=True)
     assert registry.list() == ()

@@ -87,7 +87,7 @@ def test_an_address_keeps_the_bundle_that_it_has(bundle: Path, address: str, tmp
     push_bundle(bundle, address)
     push_bundle(bundle, address)  # the same again is no conflict
     write_tiny_bundle(tmp_path / "other", seed=1)
-    with pytest.raises(DataError, match="another bundle is there already"):
+    with pytest.raises(DataError, match="there is another bundle already"):
         push_bundle(tmp_path / "other", address)
 
 

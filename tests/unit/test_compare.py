@@ -164,7 +164,7 @@ def test_arms_of_other_images_are_refused() -> None:
     targets = np.zeros(4, np.int64)
     right = np.ones(4, bool)
     other = table(right, targets).take([0, 1, 3, 2])
-    with pytest.raises(InvalidInput, match="did not answer the same images"):
+    with pytest.raises(InvalidInput, match="have no predictions for the same images"):
         compare_pairs([arm("first", right, targets=targets), ArmPredictions("second", (other,))])
     with pytest.raises(InvalidInput, match="at least two arms"):
         compare_pairs([arm("first", right, targets=targets)])

@@ -145,7 +145,7 @@ def test_runs_that_cannot_be_compared_are_refused_with_the_reason(tmp_path: Path
         compare_runs([first, tmp_path / "nothing"], workspace)
     untested = finished_run(tmp_path / "untested", right, method="linear_probe")
     RunDir(untested).predictions_of("test").unlink()
-    with pytest.raises(InvalidInput, match="evaluated on no test images, and val has chosen its weights"):
+    with pytest.raises(InvalidInput, match="evaluated on no test images, and its weights were chosen on val"):
         compare_runs([first, untested], workspace)
 
 

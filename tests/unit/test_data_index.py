@@ -208,7 +208,9 @@ def test_a_folder_with_images_beside_the_splits_is_refused_and_one_without_is_na
 def test_what_is_not_a_folder_is_refused(tmp_path: Path) -> None:
     assert f"{tmp_path}/missing: no such folder or file. Give a folder with one folder" in refusal(tmp_path / "missing").message
     (tmp_path / "archive.zip").write_bytes(b"PK")
-    assert problems(refusal(tmp_path / "archive.zip")) == {"archive.zip": "is no folder, no zip or tar, and no table of images"}
+    assert problems(refusal(tmp_path / "archive.zip")) == {
+        "archive.zip": "is neither a folder, a zip or tar, nor a table of images"
+    }
     os.mkfifo(tmp_path / "pipe")
     assert "neither a folder nor a regular file" in refusal(tmp_path / "pipe").message
 
@@ -282,9 +284,9 @@ def test_a_link_to_a_folder_around_it_ends_the_walk_and_a_link_to_nothing_is_nam
     assert dataset.counts() == {"all": {"a": 2, "b": 2}}
     reasons = {Path(bad.where).name: bad.reason for bad in dataset.bad}
     assert reasons == {
-        "loop": "a link to a folder that it lies in, which would never end",
-        "self": "a link to nothing",
-        "broken.png": "a link to nothing",
+        "loop": "a link to a folder that contains it, which could be followed without end",
+        "self": "a link to a file that does not exist",
+        "broken.png": "a link to a file that does not exist",
     }
 
 
@@ -353,8 +355,8 @@ def test_class_names_that_differ_in_characters_nobody_sees_are_one_class_and_it_
     (tmp_path / "labels.csv").write_text(f"file_name,label\n{rows}", encoding="utf-8")
     dataset = index_dataset(tmp_path / "labels.csv")
     assert dataset.classes == ("cat", plain)
-    assert any("differ only in characters that nobody sees" in warning for warning in dataset.warnings), dataset.warnings
+    assert any("differ only in invisible characters" in warning for warning in dataset.warnings), dataset.warnings
     (tmp_path / "labels.csv").write_text(f"file_name,label\n{rows.replace(plain + chr(10), odd + chr(10))}", encoding="utf-8")
     alone = index_dataset(tmp_path / "labels.csv")
     assert alone.classes == ("cat", odd)
-    assert any("characters that nobody sees, kept as they are given" in warning for warning in alone.warnings), alone.warnings
+    assert any("invisible characters, kept as they are given" in warning for warning in alone.warnings), alone.warnings

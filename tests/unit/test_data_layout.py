@@ -146,7 +146,7 @@ UNDERSTOOD: dict[str, tuple[Files, dict[str, dict[str, int]], str]] = {
     "a folder of system files": (
         {"cat": 2, "dog": 2, "@eaDir": 1, "lost+found": 1, ".ipynb_checkpoints": 1, "System Volume Information": 1},
         {"all": {"cat": 2, "dog": 2}},
-        "left out, as systems and programs leave them behind: .ipynb_checkpoints, @eaDir, System Volume Information, lost+found",
+        "left out, as systems or programs create them: .ipynb_checkpoints, @eaDir, System Volume Information, lost+found",
     ),
     "folders inside classes": (
         {"animal/cat": 2, "animal/dog": 2, "vehicle/car": 2, "vehicle/bus": 2},
@@ -213,7 +213,7 @@ ASKED: dict[str, tuple[Files, str, Reading, dict[str, dict[str, int]]]] = {
     ),
     "half of the names": (
         {"old_train/cat": 2, "old_train/dog": 2, "test_tubes/small": 2, "test_tubes/large": 2},
-        "what is in them does not settle it",
+        "but their contents do not confirm it",
         Reading(splits={"old_train": "class", "test_tubes": "class"}),
         {"all": {"old_train": 4, "test_tubes": 4}},
     ),

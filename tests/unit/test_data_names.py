@@ -41,23 +41,23 @@ WRITTEN = [
 def test_names_in_the_encodings_that_archives_hold_come_out_right(names: tuple[str, ...], encoding: str) -> None:
     decoded = decode_names([name.encode(encoding) for name in names])
     assert decoded.texts == names
-    assert decoded.said is not None
-    assert names[0] in decoded.said or any(name in decoded.said for name in names)
+    assert decoded.remark is not None
+    assert names[0] in decoded.remark or any(name in decoded.remark for name in names)
 
 
 def test_the_doubt_is_said_where_another_reading_is_as_good_and_the_choice_is_a_persons() -> None:
     raw = ["猫".encode("gbk"), "狗".encode("gbk")]
-    assert "it would be '癡' as big5" in (decode_names(raw).said or "")
+    assert "it could also be '癡' as big5" in (decode_names(raw).remark or "")
     assert decode_names(raw, "big5").texts == ("癡", "僩")
-    assert "'猫' as gbk" in (decode_names(raw[:1]).said or ""), "two bytes alone are valid UTF-8, by accident"
-    with pytest.raises(NameRefused, match="is no encoding"):
+    assert "'猫' as gbk" in (decode_names(raw[:1]).remark or ""), "two bytes alone are valid UTF-8, by accident"
+    with pytest.raises(NameRefused, match="is not an encoding"):
         decode_names(raw, "klingon")
     with pytest.raises(NameRefused, match=r"not valid in data\.name_encoding utf-8"):
         decode_names(raw, "utf-8")
 
 
 def test_plain_names_need_no_word() -> None:
-    assert decode_names([b"cat", b"dog/1.jpg"]).said is None
+    assert decode_names([b"cat", b"dog/1.jpg"]).remark is None
     assert decode_names([]).texts == ()
 
 
@@ -70,7 +70,7 @@ def test_a_zip_without_the_flag_is_read_the_same_in_place_and_unpacked(encoding:
     for location in (packed, tmp_path / "unpacked"):
         dataset = index_dataset(location)
         assert dataset.classes == tuple(sorted(labels))
-        assert any("do not tell their encoding" in sentence for sentence in dataset.understood)
+        assert any("names without a stated encoding" in sentence for sentence in dataset.understood)
     other = index_dataset(packed, reading=Reading(name_encoding="cp850" if encoding != "cp437" else "cp866"))
     assert other.classes != tuple(sorted(labels))
 

@@ -170,7 +170,7 @@ def test_an_earlier_split_is_kept_for_its_images_wherever_they_are_now_and_only_
 
 def test_an_earlier_split_beside_validation_images_of_ones_own_is_refused(tmp_path: Path) -> None:
     training, validation = write_classes(tmp_path / "t", {"a": 3, "b": 3}), write_classes(tmp_path / "v", {"a": 1, "b": 1})
-    with pytest.raises(DataError, match=r"data\.split_file has nothing to say"):
+    with pytest.raises(DataError, match=r"data\.split_file has no effect"):
         split_dataset(check_images(index_dataset(training, validation)), recorded={"00": "train"})
 
 

@@ -90,7 +90,7 @@ def test_rows_without_a_split_are_divided_where_only_test_images_are_named(tmp_p
             "no column for the label; name it with --set data.label_column=NAME (its columns are file_name, kind, notes)",
         ),
         ("file,label,class", "several columns may hold the label: label, class; name it with --set data.label_column=NAME"),
-        ("file,label,label", "the column 'label' is there more than once"),
+        ("file,label,label", "the column 'label' occurs more than once"),
     ],
 )
 def test_columns_that_are_missing_or_doubtful_are_asked_for(tmp_path: Path, header: str, says: str) -> None:
@@ -241,7 +241,7 @@ def test_a_table_in_another_encoding_is_read_and_said(tmp_path: Path) -> None:
     for encoding in ("cp1252", "utf-16", "utf-8-sig"):
         dataset = index_dataset(write_table(tmp_path, text.encode(encoding)))
         assert dataset.classes == ("café", "thé")
-        assert any("no UTF-8 text; it was read as cp1252" in told for told in dataset.understood) == (encoding == "cp1252")
+        assert any("not UTF-8 text; it was read as cp1252" in told for told in dataset.understood) == (encoding == "cp1252")
 
 
 def test_a_table_of_a_spreadsheet_may_be_separated_by_semicolons_and_may_have_no_header(tmp_path: Path) -> None:

@@ -117,6 +117,15 @@ def test_where_nothing_degrades_that_is_said() -> None:
     assert "not overfitting" not in text
 
 
+def test_networks_that_learnt_nothing_do_not_show_that_nothing_degrades() -> None:
+    found = made_up(dict.fromkeys(CURED, 0.71), set())
+    found = replace(found, networks=tuple(replace(one, findings=("underfitting",)) for one in found.networks))
+    assert headline(found) == (
+        "The effect of depth cannot be seen: all plain networks underfit (training error at least 71%). Train longer, with more "
+        "--epochs, or on more images."
+    )
+
+
 def test_a_cure_that_fails_is_not_called_one() -> None:
     found = made_up({**CURED, "residual44_bn": 0.62}, {"plain44_bn"})
     assert headline(found).endswith("identity shortcuts do not help here: 62% with the same 44 layers.")

@@ -338,7 +338,7 @@ def test_a_cross_validation_is_diagnosed_with_the_answers_and_the_copies_of_its_
     write_json(study.near_copies, {"candidates": 20, "compared": 20, "copies": copies})
     found = diagnose(study.root).finding("leakage")
     assert found is not None
-    assert found.sentence.startswith("20 of 200 cv images have a twin among the training images")
+    assert found.sentence.startswith("20 of 200 cv images have a near duplicate among the training images")
     assert {one.code for one in diagnose(study.root).clear} >= {"collapsed_classes"}, "the answers of the folds are looked at"
 
 

@@ -295,7 +295,7 @@ def test_the_command_examines_writes_a_page_and_a_manifest_that_a_run_is_trained
     again = json.loads(check(str(root), "--set", f"data.manifest={fixed}", "--json").stdout)
     assert sum(again["dataset"]["sizes"].values()) == 24
     assert again["dataset"]["revision"] != document["dataset"]["revision"]
-    with pytest.raises(DataError, match="may hold corrections of yours"):
+    with pytest.raises(DataError, match="may contain your own corrections"):
         check(str(root), "--fix", str(fixed), "--json")
     assert json.loads(check(str(root), "--quick", "--json").stdout)["examination"] is None
 

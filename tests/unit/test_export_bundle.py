@@ -132,7 +132,9 @@ def test_an_export_that_differs_from_torch_leaves_what_was_there(
 ) -> None:
     before = read_manifest(bundle)
     monkeypatch.setattr(agreement, "PROB_TOLERANCE", 0.0)
-    with pytest.raises(ExportError, match="test_resnet: the exported model does not answer as the trained one does") as raised:
+    with pytest.raises(
+        ExportError, match="test_resnet: the exported model does not give the predictions of the trained one"
+    ) as raised:
         export_classifier(classifier, FACTS, samples, bundle, graph=graph)
     assert [problem.where for problem in raised.value.problems] == ["training against ONNX", "training against bytes"]
     assert read_manifest(bundle) == before

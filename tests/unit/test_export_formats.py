@@ -136,7 +136,7 @@ def test_a_bundle_of_an_earlier_release_keeps_no_weights(tmp_path: Path) -> None
     write_bundle(tmp_path / "bundle")
     with pytest.raises(WeightsError, match="made by an earlier release and keeps no weights"):
         find_origin(str(tmp_path / "bundle"), tmp_path)
-    with pytest.raises(NotFound, match="no run that was exported, and no bundle"):
+    with pytest.raises(NotFound, match="neither a bundle nor a run that exported a model"):
         find_origin(str(tmp_path / "nothing"), tmp_path)
     with pytest.raises(NotFound, match="no model 'flowers'"):
         find_origin("flowers@1", tmp_path)

@@ -21,7 +21,7 @@ def follows(exit_code: int, **facts: Any) -> Finish | TryAgain:
 
 
 @pytest.mark.parametrize("exit_code", [0, 1, 130, KILLED])
-@pytest.mark.parametrize("facts", [{}, {"cancelling": True}, {"handing_back": True}, {"hung": True}])
+@pytest.mark.parametrize("facts", [{}, {"cancelling": True}, {"worker_stopping": True}, {"hung": True}])
 def test_a_complete_run_has_succeeded_however_its_process_ended(exit_code: int, facts: dict[str, Any]) -> None:
     assert follows(exit_code, complete=True, **facts) == Finish("succeeded")
 
@@ -57,7 +57,7 @@ def test_a_failure_that_would_repeat_itself_is_not_tried_again() -> None:
 
 @pytest.mark.parametrize("exit_code", [130, KILLED, -signal.SIGTERM])
 def test_a_run_that_a_stopping_worker_ended_goes_back_at_once_and_uncounted(exit_code: int) -> None:
-    again = follows(exit_code, handing_back=True, stalled_attempts=99)
+    again = follows(exit_code, worker_stopping=True, stalled_attempts=99)
     assert isinstance(again, TryAgain)
     assert (again.delay_seconds, again.counted) == (0.0, None)
 

@@ -8,14 +8,14 @@ import pytest
 from click.testing import CliRunner
 
 from finetune.cli import cli
-from finetune.jobs.kinds import KINDS, kinds_carried_out_here
+from finetune.jobs.kinds import KINDS, runnable_kinds
 
 
 def test_without_torch_a_worker_answers_batch_predictions_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert set(kinds_carried_out_here()) == set(KINDS)
+    assert set(runnable_kinds()) == set(KINDS)
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch" else find(name))
-    assert kinds_carried_out_here() == ("batch",)
+    assert runnable_kinds() == ("batch",)
 
 
 def test_an_unknown_kind_is_refused_with_those_there_are() -> None:

@@ -37,7 +37,7 @@ COMPARED = {
 }  # fmt: skip
 ANSWERED = {
     **{key: COMPARED[key] for key in ("created_at", "started_at", "finished_at", "attempts", "error", "phase", "progress")},
-    "id": "batch-1", "object": "batch_prediction", "status": "succeeded", "description": "images answered by flowers@3",
+    "id": "batch-1", "object": "batch_prediction", "status": "succeeded", "description": "images predicted by flowers@3",
     "conclusion": "3 images answered.", "model": "flowers@3",
 }  # fmt: skip
 PROBLEM = {
@@ -105,7 +105,7 @@ def test_images_to_be_answered_go_up_for_that_purpose_and_the_answers_come_down(
     server = Server(ok({"id": "file-a"}), ok(ANSWERED), httpx.Response(200, content=b"file\n"), httpx.Response(404, json={}))
     client = server.client()
     job = client.submit(BatchSpec(input_file=str(tmp_path / "photos.zip"), model="flowers"), "my-key")
-    assert (job.kind, job.conclusion, job.what) == ("batch", "3 images answered.", "images answered by flowers@3")
+    assert (job.kind, job.conclusion, job.what) == ("batch", "3 images answered.", "images predicted by flowers@3")
     sent, created = server.asked
     assert b'name="purpose"\r\n\r\nbatch' in sent.content
     assert (created.url.path, json.loads(created.content)) == (

@@ -170,7 +170,7 @@ def test_the_runs_on_an_upload_are_gathered_under_the_name_of_its_archive(tmp_pa
     training_file = str(tmp_path / "files" / upload.id) if uploaded else "/data/tulips"
     spec = {"training_file": training_file, "metadata": {"steps": "1"}}
     job, _ = store.create("ada", spec, spec_digest="0" * 64)
-    worker = Worker(store, executor, tmp_path, WorkerSettings(threads=1, beat_seconds=0.1, min_free_bytes=0))
+    worker = Worker(store, executor, tmp_path, WorkerSettings(threads=1, heartbeat_seconds=0.1, min_free_bytes=0))
     drive(worker, until=lambda: store.get(job.id).state == "succeeded")
     (command,) = executor.commands
     assert command[-2:] == (["--experiment", "roses of May"] if uploaded else [command[-2], "--json"])

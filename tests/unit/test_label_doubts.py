@@ -19,7 +19,7 @@ from finetune.features.left_out import RIDGE, doubted_label_sets, doubted_labels
 from finetune.storage.files import write_json
 from finetune.storage.journal import read_lines
 from finetune.storage.rundir import RunDir
-from finetune.training.label_doubts import label_doubts_noted, note_label_doubts
+from finetune.training.label_doubts import label_doubts_sentence, record_label_doubts
 
 CLASSES = ("ash", "beech", "cedar")
 
@@ -80,7 +80,7 @@ def test_the_first_run_of_a_study_writes_the_table_and_all_of_them_say_it(tmp_pa
     write_json(study.study, {"kind": "folds"})
     runs = [study.child(name).create() for name in ("one", "two")]
     for run in runs:
-        note_label_doubts(run, dataset, [(samples[:60], features[:60]), (samples[60:], features[60:])])
+        record_label_doubts(run, dataset, [(samples[:60], features[:60]), (samples[60:], features[60:])])
     with study.label_doubts.open(newline="") as stream:
         (row,) = csv.DictReader(stream)
     assert {name: row[name] for name in ("path", "split", "label", "suggested")} == {
@@ -89,13 +89,13 @@ def test_the_first_run_of_a_study_writes_the_table_and_all_of_them_say_it(tmp_pa
         "label": CLASSES[given[7]],
         "suggested": CLASSES[labels[7]],
     }
-    said = label_doubts_noted(runs[1])
-    assert said == label_doubts_noted(study)
+    said = label_doubts_sentence(runs[1])
+    assert said == label_doubts_sentence(study)
     assert said[0].startswith(
         f"Labels that are probably wrong: 1 image (7.jpg is {CLASSES[given[7]]}, rather {CLASSES[labels[7]]})"
     )
     assert [len(read_lines(run.events)) for run in runs] == [1, 0]
-    assert label_doubts_noted(RunDir(tmp_path / "another")) == ()
+    assert label_doubts_sentence(RunDir(tmp_path / "another")) == ()
 
 
 def label_sets(n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -140,8 +140,8 @@ def test_doubts_of_several_labels_are_told_label_by_label(tmp_path: Path) -> Non
         for place, row in enumerate(given)
     ]
     run, dataset = RunDir(tmp_path / "run").create(), Dataset("trees", "/trees", names, tuple(samples))
-    note_label_doubts(run, dataset, [(samples, features)])
-    (said,) = label_doubts_noted(run)
+    record_label_doubts(run, dataset, [(samples, features)])
+    (said,) = label_doubts_sentence(run)
     assert said.startswith(f"Labels that are probably wrong: 1 image ({number}.jpg is probably also wet)")
     with run.label_doubts.open(newline="") as stream:
         (row,) = csv.DictReader(stream)
@@ -187,7 +187,7 @@ def test_a_job_notes_them_in_its_events_result_and_report_and_its_answers_stay(
     assert "class0/moved.png is class0, rather class1" in said
     assert said in [line.get("message") for line in read_lines(run.events)]
     assert "class0/moved.png is class0, rather class1" in run.report.read_text()
-    monkeypatch.setattr("finetune.training.head.note_label_doubts", lambda *given: None)
+    monkeypatch.setattr("finetune.training.head.record_label_doubts", lambda *given: None)
     without = carry_out_at(tmp_path, tiny_spec(pictures), plain)
     assert without.metrics == outcome.metrics
     assert run.predictions_of("test").read_bytes() == plain.predictions_of("test").read_bytes()

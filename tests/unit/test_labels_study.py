@@ -144,7 +144,9 @@ def study(*projections: tuple[float, float, float], fits: bool = True) -> Labels
 def test_the_sentence_says_what_is_certain_and_what_is_not() -> None:
     assert study((0.014, 0.006, 0.026)).sentence == "100 more images per class would help: +1.4 points, 0.6 to 2.6."
     assert study((0.001, 0.0, 0.003)).sentence.startswith("100 more images per class would hardly help")
-    assert study((0.01, 0.0, 0.03)).sentence.startswith("It is uncertain whether 100 more images")
+    assert study((0.01, 0.0, 0.03)).sentence.startswith(
+        "It is uncertain whether 100 more images per class would gain 0.5 points or more"
+    )
     assert study((0.014, 0.006, 0.026), fits=False).verdict == "cannot tell"
     assert points(-0.0123) == "−1.2"
 

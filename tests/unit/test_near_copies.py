@@ -26,7 +26,7 @@ from finetune.storage.journal import read_lines
 from finetune.storage.rundir import RunDir
 from finetune.training import near_copies
 from finetune.training.measurements import NEIGHBOURS_COLUMNS
-from finetune.training.near_copies import near_copies_in, near_copies_noted, note_near_copies, pool_near_copies
+from finetune.training.near_copies import near_copies_in, near_copies_sentence, pool_near_copies, record_near_copies
 
 
 def picture(seed: int) -> Image.Image:
@@ -77,11 +77,11 @@ CANDIDATES = [
 def test_a_copy_among_the_candidates_is_named_and_other_pictures_are_not(leaking: Dataset, tmp_path: Path) -> None:
     run, store = RunDir(tmp_path / "run").create(), shared_at(tmp_path / "home").store
     write_candidates(run, CANDIDATES)
-    note_near_copies(run, leaking, store, threads=1)
+    record_near_copies(run, leaking, store, threads=1)
     assert near_copies_in(run) == {"test": {"test/a/copy.jpg"}}
     found = read_json(run.near_copies)
     assert (found["candidates"], found["compared"]) == (3, 3), "a pair that is as far as others is not compared"
-    (said,) = near_copies_noted(run)
+    (said,) = near_copies_sentence(run)
     assert said.startswith("Near duplicates of training images: 1 test image (test/a/copy.jpg is train/a/03.jpg)")
     assert said in [line.get("message") for line in read_lines(run.events)]
 
@@ -95,10 +95,10 @@ def test_pairs_are_compared_once_and_the_likeliest_first(
     monkeypatch.setattr(near_copies, "MOST_COMPARED_SHARE", 0.0)
     for run in runs:
         write_candidates(run, CANDIDATES)
-        note_near_copies(run, leaking, store, threads=1)
+        record_near_copies(run, leaking, store, threads=1)
         monkeypatch.setattr("finetune.features.duplicates._picture", lambda sample: pytest.fail("compared again"))
     assert near_copies_in(runs[1]) == near_copies_in(runs[0]) == {"test": {"test/a/copy.jpg"}}
-    assert "Of 3 likely pairs 1 were compared" in near_copies_noted(runs[0])[0]
+    assert "Of 3 likely pairs 1 were compared" in near_copies_sentence(runs[0])[0]
 
 
 def test_files_with_the_same_bytes_are_left_to_the_check_of_the_data(leaking: Dataset, tmp_path: Path) -> None:
@@ -106,9 +106,9 @@ def test_files_with_the_same_bytes_are_left_to_the_check_of_the_data(leaking: Da
     samples = tuple(replace(s, sha256=same) if s.id == "test/a/copy.jpg" else s for s in leaking.samples)
     run, store = RunDir(tmp_path / "run").create(), shared_at(tmp_path / "home").store
     write_candidates(run, CANDIDATES[1:2])
-    note_near_copies(run, replace(leaking, samples=samples), store, threads=1)
+    record_near_copies(run, replace(leaking, samples=samples), store, threads=1)
     assert near_copies_in(run) == {}
-    assert near_copies_noted(run) == ()
+    assert near_copies_sentence(run) == ()
 
 
 def test_what_the_folds_found_among_their_test_images_is_told_once_of_the_whole_cross_validation(tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_what_the_folds_found_among_their_test_images_is_told_once_of_the_whole_
         write_json(fold.near_copies, {"candidates": 5, "compared": 4, "copies": copies})
     pool_near_copies(study, folds)
     assert near_copies_in(study) == {"cv": {"test0.jpg", "test1.jpg"}}
-    (said,) = near_copies_noted(study)
+    (said,) = near_copies_sentence(study)
     assert said.startswith("Near duplicates of training images: 2 held-out images (test0.jpg is a.jpg; test1.jpg is a.jpg)")
     assert "Of 10 likely pairs 8 were compared" in said
     pool_near_copies(study, folds)

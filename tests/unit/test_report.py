@@ -155,7 +155,7 @@ def test_the_numbers_on_the_page_are_those_of_the_evaluation() -> None:
     low, high = evaluation.intervals["top1"]
     for shown in (
         f"{evaluation.values['top1']:.1%}", f"{low:.1%} – {high:.1%}", f"{evaluation.values['loss']:.3f}",
-        f"{evaluation.values['ece']:.3f}", "120 images", "val (which chose the weights)",
+        f"{evaluation.values['ece']:.3f}", "120 images", "val (on which the weights were chosen)",
         "1 min 05 s", "16.7 ms", "2.0 MiB", "12,810", "yes", "Apache-2.0",
     ):  # fmt: skip
         assert shown in page.text

@@ -31,7 +31,7 @@ def answered(n_right: int, n: int, *, sure: float = 1.0) -> Predictions:
 
 @pytest.mark.parametrize("n_right", [0, 30, 50])
 def test_a_model_that_is_no_better_than_one_answer_to_all_is_refused_with_both_figures(n_right: int) -> None:
-    says = rf"its top1 on the 100 test images is {n_right / 100:.3f}; one answer to all of them has 0.500"
+    says = rf"its top1 on the 100 test images is {n_right / 100:.3f}; one prediction for all of them has 0.500"
     with pytest.raises(NoBetterThanChance, match=says) as caught:
         refuse_no_better_than_chance(answered(n_right, 100))
     assert "--set export.register_model=always" in caught.value.message
@@ -69,7 +69,7 @@ def test_a_model_that_is_better_passes_without_a_word() -> None:
 def test_chance_is_the_share_of_the_largest_class_and_not_one_in_so_many() -> None:
     targets = np.array([0] * 90 + [1] * 10)
     always_the_first = table(np.tile(np.array([[1, 0]], np.float32), (100, 1)), targets)
-    with pytest.raises(NoBetterThanChance, match=r"is 0\.900; one answer to all of them has 0\.900"):
+    with pytest.raises(NoBetterThanChance, match=r"is 0\.900; one prediction for all of them has 0\.900"):
         refuse_no_better_than_chance(always_the_first)
 
 
@@ -78,7 +78,7 @@ def test_a_few_images_refuse_nobody_and_say_so() -> None:
     said = chance_warning(answered(2, 6))
     assert said is not None
     assert said.startswith("registered without proof that it is better than chance: its top1 on the 6 test images is 0.333")
-    assert said.endswith("6 images say little, so evaluate it on more")
+    assert said.endswith("6 images are few, so evaluate it on more")
 
 
 def test_where_all_images_are_of_one_class_there_is_no_chance_to_beat() -> None:
@@ -90,7 +90,7 @@ def test_where_all_images_are_of_one_class_there_is_no_chance_to_beat() -> None:
 @pytest.mark.parametrize("n", [6, 100])
 def test_weights_that_ran_away_are_refused_however_few_images_tell(n: int) -> None:
     diverged = answered(n // 2, n, sure=1e9)
-    with pytest.raises(NoBetterThanChance, match=rf"its loss on the {n} test images is 5e\+08; answering at random has 0\.693"):
+    with pytest.raises(NoBetterThanChance, match=rf"its loss on the {n} test images is 5e\+08; random predictions have 0\.693"):
         refuse_diverged(diverged)
     assert str(chance_warning(diverged)).endswith("so training diverged")
 
@@ -106,7 +106,7 @@ def test_a_temperature_needs_enough_held_out_images_and_a_best_value() -> None:
     logits, targets = made_up(MIN_IMAGES_TO_CALIBRATE, 3)
     assert fit_temperature(table(logits, targets)) is not None
     assert fit_temperature(table(logits[:-1], targets[:-1])) is None
-    assert fit_temperature(answered(100, 100)) is None, "where every image is labelled rightly, none fits best"
+    assert fit_temperature(answered(100, 100)) is None, "where every image is predicted correctly, none fits best"
 
 
 def test_every_split_is_judged_and_val_alone_gives_the_temperature() -> None:

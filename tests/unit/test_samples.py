@@ -121,11 +121,11 @@ def test_the_command_shows_copies_and_deletes_them(registry: Registry, tmp_path:
         assert done.exit_code == 0, done.output
         return done.output
 
-    assert "No image that colours@1 was asked about is kept" in run()
+    assert "No images sent to colours@1 are stored" in run()
     store = SampleStore(registry, SamplingPolicy())
     for number, owner in enumerate(("ann", "bob", "ann")):
         store.keep("colours", "1", image(number), {**RECORD, "owner": owner}, 1_700_000_000.0 + number)
-    assert "3 images that colours@1 was asked about" in run()
+    assert "3 images sent to colours@1" in run()
     shown = json.loads(run("--out", str(tmp_path / "out"), "--owner", "ann", "--json"))
     assert (shown["n"], shown["oldest"]) == (2, "2023-11-14T22:13:20.000Z")
     assert len(list((tmp_path / "out").glob("*.png"))) == 2

@@ -12,7 +12,7 @@ from finetune.data.check import check_images
 from finetune.data.index import index_dataset
 from finetune.data.separators import forgotten_separator
 from finetune.data.split import split_dataset
-from finetune.doctor.classes import class_findings, first_look
+from finetune.doctor.classes import class_findings, class_warnings
 from finetune.errors import DataError, SpecError
 from finetune.spec import load_spec, parse_spec
 
@@ -60,7 +60,7 @@ def test_check_and_every_job_name_the_option(tmp_path: Path) -> None:
     assert (found.severity, found.count) == ("doubt", 3)
     assert "3 of 3 classes ('blue|dress', 'blue|shirt', 'red|shirt') look like combinations of 4 labels" in found.evidence
     assert "--set 'data.label_separator=|'" in found.advice
-    assert any("data.label_separator" in sentence for sentence in first_look(data))
+    assert any("data.label_separator" in sentence for sentence in class_warnings(data))
 
 
 def test_a_class_of_one_image_that_looks_like_a_combination_names_the_option_once(tmp_path: Path) -> None:

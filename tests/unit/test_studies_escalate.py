@@ -60,7 +60,7 @@ def test_it_goes_deeper_while_that_pays_and_keeps_the_best(
         done[child.name] = SimpleNamespace()
     assert list(done) == tried
     assert study.kept(len(done)) == kept
-    stopped = "so it goes no deeper" in " ".join(study.reasons(len(done)))
+    stopped = "so no more stages are trained" in " ".join(study.reasons(len(done)))
     assert stopped == (not study.gains(len(done))[-1][1].pays)
 
 
@@ -121,7 +121,7 @@ def test_figures_are_those_of_the_kept_candidate_and_costs_those_of_all(escalate
         assert (read(run.predictions_of(split)).logits == read(run.child(kept.carried_out).predictions_of(split)).logits).all()
     assert [line["kind"] for line in read_lines(run.events)].count("compared") == len(children) - 1
     assert outcome.summary.startswith("auto: linear_probe")
-    assert "goes no deeper" in outcome.summary
+    assert "no more stages are trained" in outcome.summary
 
 
 @pytest.mark.usefixtures("one_torch_thread")

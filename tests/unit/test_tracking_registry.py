@@ -112,7 +112,7 @@ def test_an_alias_that_was_moved_on_both_sides_means_what_it_means_here(both: Bo
     both.ours.set_alias("flowers", "champion", "2")
     both.theirs.set_registered_model_alias("flowers", "champion", "3")
     (note,) = both.sync()
-    assert "version 2, as here, counts, not version 3" in note
+    assert "version 2 of the models folder counts, not 3" in note
     assert both.here() == both.there() == {"champion": "2"}
 
 
@@ -224,8 +224,8 @@ def test_names_that_mlflow_keeps_for_itself_or_does_not_take_stay_here(both: Bot
     both.ours.set_alias("flowers", "of.may", "1")
     notes = both.sync()
     assert notes == [
-        "MLflow allows no alias 'of.may', so flowers@of.may is only here",
-        "MLflow allows no alias 'v1', so flowers@v1 is only here",
+        "MLflow allows no alias 'of.may', so flowers@of.may exists only in the models folder",
+        "MLflow allows no alias 'v1', so flowers@v1 exists only in the models folder",
     ]
     assert both.there() == {"champion": "1"}
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from finetune.data.files import LocalFile
-from finetune.data.places.tree import Folder, Node, is_system, is_worth_saying
+from finetune.data.places.tree import Folder, Node, is_system, is_worth_reporting
 from finetune.errors import DataError
 from finetune.messages import printable
 
@@ -21,7 +21,7 @@ class LocalFolder:
 
     path: Path
     roots: tuple[Path, ...] | None = None  # links and tables may lead to files below these; None: anywhere
-    said: Sequence[str] = ()
+    remarks: Sequence[str] = ()
     _root: Folder | None = field(default=None, repr=False)
 
     @property
@@ -62,7 +62,7 @@ class LocalFolder:
             path_inside = f"{prefix}{entry.name}"
             is_link = entry.is_symlink()
             if is_system(entry.name):
-                if entry.is_dir() or is_worth_saying(entry.name):
+                if entry.is_dir() or is_worth_reporting(entry.name):
                     folder.left_out.append(path_inside)
             elif is_link and not self._within_reach(Path(entry.path)):
                 folder.unusual.append((path_inside, "a link that leads out of the folders that may be read; copy it there"))
@@ -71,12 +71,12 @@ class LocalFolder:
             elif kind == "file":
                 folder.files.append(Node(entry.name, path_inside, LocalFile(Path(entry.path))))
             else:
-                folder.unusual.append((path_inside, "a link to nothing" if is_link else "not a regular file"))
+                folder.unusual.append((path_inside, "a link to a file that does not exist" if is_link else "not a regular file"))
         return folder
 
     def _add_folder(self, folder: Folder, entry: os.DirEntry[str], inside: str, above: frozenset[Identity]) -> None:
         if entry.is_symlink() and _identity(Path(entry.path)) in above:
-            folder.unusual.append((inside, "a link to a folder that it lies in, which would never end"))
+            folder.unusual.append((inside, "a link to a folder that contains it, which could be followed without end"))
             return
         try:
             folder.folders.append(self._listed(Path(entry.path), entry.name, inside, above))

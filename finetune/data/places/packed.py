@@ -22,7 +22,7 @@ class PackedTree:
 
     name: str
     shown: str
-    said: Sequence[str]
+    remarks: Sequence[str]
     _root: Folder = field(repr=False)
 
     def root(self) -> Folder:
@@ -53,7 +53,7 @@ def open_archive(
             folders.append(parts)
         else:
             files.append((parts, MemberFile(path, member, f"{shown}/{printable('/'.join(parts))}")))
-    return PackedTree(without_archive_ending(Path(shown).name), shown, names.said, build_folder(files, folders))
+    return PackedTree(without_archive_ending(Path(shown).name), shown, names.remarks, build_folder(files, folders))
 
 
 def open_contents(folder: Path, *, name_encoding: str = "auto", shown: str | None = None) -> PackedTree:
@@ -73,13 +73,13 @@ def open_contents(folder: Path, *, name_encoding: str = "auto", shown: str | Non
             files.append((parts, file))
         else:
             folders.append(parts)
-    return PackedTree(folder.name, shown, names.said, build_folder(files, folders))
+    return PackedTree(folder.name, shown, names.remarks, build_folder(files, folders))
 
 
 @dataclass(frozen=True)
 class _Names:
     parts: Sequence[tuple[str, ...]]
-    said: tuple[str, ...]
+    remarks: tuple[str, ...]
 
 
 def _names(raw: Sequence[tuple[bytes, bool]], encoding: str) -> _Names:
@@ -96,7 +96,7 @@ def _names(raw: Sequence[tuple[bytes, bool]], encoding: str) -> _Names:
             parts.append(checked_parts(texts.get(name) or name.decode("utf-8", "surrogateescape")))
         except NameRefused as why:
             raise refused(name, str(why)) from None
-    return _Names(parts, () if decoded.said is None else (decoded.said,))
+    return _Names(parts, () if decoded.remark is None else (decoded.remark,))
 
 
 def _is_valid(name: bytes) -> bool:

@@ -87,7 +87,7 @@ class RemoteTree:
 
     name: str
     shown: str
-    said: Sequence[str] = ()
+    remarks: Sequence[str] = ()
     _root: Folder = field(default_factory=lambda: Folder("", ""), repr=False)
 
     def root(self) -> Folder:

@@ -42,7 +42,7 @@ def is_system(name: str) -> bool:
     return name.startswith(".") or name.casefold() in _SYSTEM_NAMES
 
 
-def is_worth_saying(name: str) -> bool:
+def is_worth_reporting(name: str) -> bool:
     """Return whether it should be reported that a hidden file is left out, because it may be an image."""
     return not name.startswith("._") and f".{name.rpartition('.')[2].lower()}" in IMAGE_SUFFIXES
 
@@ -127,7 +127,7 @@ class Tree(Protocol):
         ...
 
     @property
-    def said(self) -> Sequence[str]:
+    def remarks(self) -> Sequence[str]:
         """Sentences on how the place was interpreted when it was opened."""
         ...
 
@@ -182,7 +182,7 @@ def build_folder(files: Sequence[tuple[Sequence[str], SourceFile]], folders: Seq
         system = next((depth for depth, part in enumerate(parts, 1) if is_system(part)), None)
         if system is None:
             folder_at(parts[:-1]).files.append(Node(parts[-1], "/".join(parts), file))
-        elif system < len(parts) or is_worth_saying(parts[-1]):
+        elif system < len(parts) or is_worth_reporting(parts[-1]):
             left_out["/".join(parts[:system])] = None
     root.left_out += left_out
     for folder in known.values():

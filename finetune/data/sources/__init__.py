@@ -24,7 +24,7 @@ SOURCES: tuple[Source, ...] = (
     MetadataSource(),
     ClassFoldersSource(),
 )
-"""In the order in which they are asked; the last one takes what no other recognises, and says what is wrong with it."""
+"""In the order in which they are tried. The last one reads what no other recognises, and reports what is wrong with it."""
 
 
 def source_of(place: Place, reading: Reading | None = None) -> Source:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from finetune.data.dataset import Split
-from finetune.data.layout import Layout, understand
+from finetune.data.layout import Layout, find_layout
 from finetune.data.notes import Notes
 from finetune.data.places.tree import Node, Place, Tree
 from finetune.data.reading import Reading
@@ -29,10 +29,10 @@ class ClassFoldersSource:
 
     def read(self, place: Place, reading: Reading, notes: Notes) -> Listing:
         if place.focus is not None:
-            notes.problem(place.shown, f"is no folder, no zip or tar, and no table of images{_what_it_is(place.focus)}")
+            notes.problem(place.shown, f"is neither a folder, a zip or tar, nor a table of images{_what_it_is(place.focus)}")
             return Listing()
         refuse_columns(reading, notes, "class folders")
-        layout = understand(place.tree, reading, notes)
+        layout = find_layout(place.tree, reading, notes)
         records = [
             _record(layout, node, label, split)
             for split, by_class in layout.splits.items()

@@ -54,7 +54,7 @@ class CocoSource:
 def _why(error: Exception) -> str:
     if isinstance(error, DataError):
         return error.message.partition(": ")[2] or error.message
-    return f"is not COCO as it should be ({type(error).__name__}: {error})"
+    return f"is not valid COCO ({type(error).__name__}: {error})"
 
 
 class _Document:
@@ -78,7 +78,7 @@ class _Document:
         """Return the samples, and whether images have several labels."""
         several = any(len(labels) > 1 for labels in self.labels.values())
         if self.n_boxes:
-            notes.say(f"{printable(self.node.name)}: {plural(self.n_boxes, 'box')} not used; only what an image shows counts")
+            notes.say(f"{printable(self.node.name)}: {plural(self.n_boxes, 'box')} not used; only the categories of an image are")
         records, unlabelled = [], 0
         for image_id, name in self.images:
             labels = tuple(self.labels.get(image_id, ()))

@@ -99,7 +99,7 @@ def find_columns(
     split = chooser.named("split") or chooser.split(reading, file)
     flag = None if split else chooser.flag_of_val()
     split = split or flag
-    group = chooser.named("group") or chooser.alias(_GROUP, "group", said=True)
+    group = chooser.named("group") or chooser.alias(_GROUP, "group", reported=True)
     weight = chooser.named("weight")
     label = chooser.named("label") or chooser.label({file, split, group, weight}, sample, needed=label_needed)
     if chooser.failed or file is None or (label is None and label_needed):
@@ -142,10 +142,10 @@ class _Chooser:
         found = [column for column in self.table.columns if _plain(column) in names]
         return found or [column for column in self.table.columns if _plain(column) in map(without_accents, foreign)]
 
-    def alias(self, names: tuple[str, ...], what: str, *, said: bool) -> str | None:
+    def alias(self, names: tuple[str, ...], what: str, *, reported: bool) -> str | None:
         """Return the column with one of these names if there is exactly one, else None."""
         found = self.aliases(names)
-        if len(found) == 1 and said and found[0] != what:
+        if len(found) == 1 and reported and found[0] != what:
             self.notes.say(
                 f"{self.shown}: the column {found[0]!r} was taken for the {what}; --set data.{what}_column=NAME names another"
             )
@@ -227,8 +227,8 @@ class _Chooser:
     def say(self, file: str, label: str | None, split: str | None, group: str | None, weight: str | None) -> None:
         """Report which columns are used, and which could be used."""
         used = {"images": file, "labels": label, "splits": split, "groups": group, "weights": weight}
-        told = natural_list((f"{what} from {name!r}" for what, name in used.items() if name is not None), 6)
-        self.notes.say(f"{self.shown}: {told}")
+        used_columns = natural_list((f"{what} from {name!r}" for what, name in used.items() if name is not None), 6)
+        self.notes.say(f"{self.shown}: {used_columns}")
         if group is None and (perhaps := self.aliases(_PERHAPS_GROUPS)):
             self.notes.say(
                 f"{self.shown}: if {perhaps[0]!r} says which images belong together, --set data.group_column={perhaps[0]} "

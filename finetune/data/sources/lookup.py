@@ -41,7 +41,7 @@ class Lookup:
     def say(self, notes: Notes) -> None:
         """Report how files were found if not by their paths alone."""
         for how, count in self._found_by.items():
-            notes.say(f"{plural(count, 'file')} found by {how}, for no file lies at the path that is given")
+            notes.say(f"{plural(count, 'file')} found by {how}, because there is no file at the given path")
 
     def _paths(self, name: str) -> Iterator[str]:
         """Yield paths from the tree's root at which the file may lie."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from finetune.data.dataset import Split
-from finetune.data.layout import Layout, understand, without_wrapping
+from finetune.data.layout import Layout, find_layout, without_wrapping
 from finetune.data.notes import Notes
 from finetune.data.places.tree import Folder, Node, Place, Tree, shown_path
 from finetune.data.reading import Reading
@@ -83,14 +83,14 @@ class _Table:
 
 @dataclass(frozen=True)
 class _Folders:
-    """What the folders alone would say."""
+    """The splits and labels that the folder names alone give."""
 
     layout: Layout | None
 
     @classmethod
     def of(cls, tree: Tree, reading: Reading) -> _Folders:
         aside = Notes()
-        layout = understand(tree, reading, aside)
+        layout = find_layout(tree, reading, aside)
         names = {name for by_class in layout.splits.values() for name, nodes in by_class.items() if nodes}
         return cls(None if aside.problems or len(names) < 2 else layout)
 
@@ -165,7 +165,7 @@ def _merged(listings: Sequence[Listing | None]) -> Listing | None:
 
 
 def _compare(listing: Listing, folders: _Folders, tree: Tree, tables: Sequence[_Table], notes: Notes) -> None:
-    """Note a problem where a table that merely lies there and the folders give images other labels."""
+    """Note a problem if a table that the user did not name gives images other labels than their folders do."""
     by_folder = {str(node): label for node, label in folders.labels().items()}
     root = "" if folders.layout is None or not folders.layout.root.path else f"{folders.layout.root.path}/"
     other = [
@@ -177,7 +177,7 @@ def _compare(listing: Listing, folders: _Folders, tree: Tree, tables: Sequence[_
         table = printable(tables[0].node.path)
         notes.problem(
             shown_path(tree, tables[0].node.path),
-            f"gives {plural(len(other), 'image')} another label than the folder that they lie in ({natural_list(other, 3)}). "
+            f"gives {plural(len(other), 'image')} another label than the folder that they are in ({natural_list(other, 3)}). "
             f"Give {tree.shown}/{table} itself as the data to use its labels, or move it away to use the folders",
         )
 

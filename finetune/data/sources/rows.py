@@ -23,16 +23,16 @@ from finetune.messages import natural_list, plural, printable
 
 
 @dataclass
-class _Odd:
-    """Counts of the rows with a problem, by kind."""
+class _RowProblems:
+    """The rows with a problem, by kind."""
 
     rows: int = 0
     unlabelled: int = 0
     repeated: int = 0
-    fileless: list[str] = field(default_factory=list)
-    splits: Counter[str] = field(default_factory=Counter)
-    perhaps: dict[str, str] = field(default_factory=dict)  # split by cells that mean it only perhaps
-    weights: list[str] = field(default_factory=list)
+    without_file: list[str] = field(default_factory=list)
+    unknown_splits: Counter[str] = field(default_factory=Counter)
+    uncertain_splits: dict[str, str] = field(default_factory=dict)  # cell -> the split that it probably means
+    wrong_weights: list[str] = field(default_factory=list)
 
 
 def list_table(
@@ -57,7 +57,7 @@ def list_table(
     folder = node.path.rpartition("/")[0]
     lookup = Lookup(tree, folder)
     shown = shown_path(tree, node.path)
-    for sentence in table.said:
+    for sentence in table.remarks:
         notes.say(sentence)
     columns = find_columns(
         table,
@@ -72,7 +72,7 @@ def list_table(
         return None if columns is None else Listing()
     reader = _Rows(columns, lookup, reading, notes, split, folder if base is None else base, node)
     records = reader.records(table)
-    reader.note_odd(shown)
+    reader.note_problems(shown)
     lookup.say(notes)
     places = dict.fromkeys(sorted({record.split for record in records}, key=str), shown)
     return Listing(tuple(records), {}, places, several=reader.several)
@@ -91,7 +91,7 @@ class _Rows:
         self.columns, self.lookup, self.reading, self.notes = columns, lookup, reading, notes
         self.split, self.base, self.node = split, base, node
         self.several = reading.columns.label_separator is not None
-        self.odd = _Odd()
+        self.found = _RowProblems()
 
     def records(self, table: Table) -> list[Record]:
         """Return the samples of all rows that have a file and a label."""
@@ -105,10 +105,10 @@ class _Rows:
             if seen is record:
                 records.append(record)
             elif (seen.labels, seen.split) == (record.labels, record.split):
-                self.odd.repeated += 1
+                self.found.repeated += 1
             else:
                 self._note_contradiction(record, row.place, seen, place)
-        if not records and not first and not self.odd.rows:
+        if not records and not first and not self.found.rows:
             self.notes.problem(shown_path(self.lookup.tree, self.node.path), "has a header and no rows")
         lists = [_as_list(record.labels) for record in records]
         if records and not self.several and all(labels is not None for labels in lists):
@@ -121,10 +121,10 @@ class _Rows:
 
     def _record(self, row: Row) -> Record | None:
         assert self.columns.label is not None
-        self.odd.rows += 1
+        self.found.rows += 1
         labels = self._labels(row.cells.get(self.columns.label))
         if labels is None:
-            self.odd.unlabelled += 1
+            self.found.unlabelled += 1
             return None
         meaning = self._split_of(row)
         if meaning is not None and meaning.meaning == "none":
@@ -156,9 +156,9 @@ class _Rows:
             return Meaning("val" if cell.lower() in TRUE else "train", certain=True)
         meaning = split_meaning(cell, self.reading.splits)
         if meaning is None:
-            self.odd.splits[cell] += 1
+            self.found.unknown_splits[cell] += 1
         elif not meaning.certain:
-            self.odd.perhaps[cell] = meaning.meaning
+            self.found.uncertain_splits[cell] = meaning.meaning
         return meaning
 
     def _file(self, row: Row) -> tuple[str, ImageFile] | None:
@@ -168,10 +168,10 @@ class _Rows:
             if node is not None:
                 return self._id_of(node), node.file
             self.notes.bad.append(BadImage(f"{row.place}: {printable(cell)}", NO_SUCH_FILE))
-            self.odd.fileless.append(printable(cell))
+            self.found.without_file.append(printable(cell))
             return None
         if cell is None or isinstance(cell, Sequence):
-            self.odd.fileless.append(row.place)
+            self.found.without_file.append(row.place)
             self.notes.bad.append(BadImage(row.place, NAMES_NO_FILE))
             return None
         return printable(cell.name) if cell.name else row.place, cell.file
@@ -189,7 +189,9 @@ class _Rows:
         except ValueError:
             weight = math.nan
         if not 0 <= weight < math.inf:
-            self.odd.weights.append(f"{row.place} ({printable(cell)!r})" if isinstance(cell, str) else f"{row.place} (empty)")
+            self.found.wrong_weights.append(
+                f"{row.place} ({printable(cell)!r})" if isinstance(cell, str) else f"{row.place} (empty)"
+            )
             return 1.0
         return weight
 
@@ -200,24 +202,24 @@ class _Rows:
         row = seen_at.rpartition(", ")[2]
         self.notes.problem(place, f"{record.id} has the {what} {here!r} here and {there!r} in {row}")
 
-    def note_odd(self, shown: str) -> None:
+    def note_problems(self, shown: str) -> None:
         """Note the problems and warnings about rows."""
-        if self.odd.unlabelled:
-            self.notes.left_out.append(f"{shown}: {plural(self.odd.unlabelled, 'row')} without a label left out")
-        if self.odd.repeated:
-            self.notes.left_out.append(f"{shown}: {plural(self.odd.repeated, 'row')} that repeat another one, left out")
-        if self.odd.splits:
-            values = natural_list(repr(printable(value)) for value in self.odd.splits)
-            guess = next(iter(self.odd.splits))
+        if self.found.unlabelled:
+            self.notes.left_out.append(f"{shown}: {plural(self.found.unlabelled, 'row')} without a label left out")
+        if self.found.repeated:
+            self.notes.left_out.append(f"{shown}: {plural(self.found.repeated, 'row')} that repeat another one, left out")
+        if self.found.unknown_splits:
+            values = natural_list(repr(printable(value)) for value in self.found.unknown_splits)
+            guess = next(iter(self.found.unknown_splits))
             self.notes.problem(
                 shown,
                 f"the split column {self.columns.split!r} holds {values}, which are not train, val or test; say what they mean "
                 f"with data.splits, for example --set 'data.splits={{{printable(guess)}: train}}'",
             )
-        if self.odd.perhaps:
-            read = natural_list(f"{printable(cell)!r} is {split}" for cell, split in sorted(self.odd.perhaps.items()))
+        if self.found.uncertain_splits:
+            read = natural_list(f"{printable(cell)!r} is {split}" for cell, split in sorted(self.found.uncertain_splits.items()))
             self.notes.say(f"{shown}: the split column {self.columns.split!r}: {read}; data.splits says otherwise")
-        self.notes.many(shown, self.odd.weights, "weights must be numbers from 0 up")
+        self.notes.many(shown, self.found.wrong_weights, "weights must be numbers from 0 up")
 
 
 def _as_list(labels: Iterable[str]) -> list[str] | None:

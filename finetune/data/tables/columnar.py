@@ -171,7 +171,7 @@ def as_cell(value: Any, names: Sequence[str] | None) -> Cell:
     if isinstance(value, bool):
         return "true" if value else "false"
     if names is not None and isinstance(value, int):
-        return names[value] if 0 <= value < len(names) else None  # -1 is how that library writes that there is none
+        return names[value] if 0 <= value < len(names) else None  # -1 is that library's value for no class
     if isinstance(value, bytes):
         return value.decode("utf-8", "backslashreplace")
     if isinstance(value, dict):
@@ -268,7 +268,7 @@ def _written(cell: InParquet, folder: Path) -> list[str | None]:
             for digest in filter(None, digests):
                 mark_used(folder / digest[:2] / digest)
             return digests
-        except OSError:  # some were deleted to make room for something else
+        except OSError:  # some files were deleted to make room in the store
             shutil.rmtree(folder)
     pyarrow = require_pyarrow()
     cell.reading.make_room(cell.table.stat().st_size, cell.shown)
@@ -290,7 +290,7 @@ def _write_one(data: bytes | None, folder: Path) -> str | None:
         place.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary := folder / ".arriving", "wb", opener=private_file) as stream:
             stream.write(data)
-        os.replace(temporary, place)  # a file that exists is whole
+        os.replace(temporary, place)  # a file that exists is complete
     return digest
 
 

@@ -48,12 +48,12 @@ class Table:
     Args:
         rows: returns an iterator over all rows.
         class_names: class names by column, for columns of class numbers whose names are in the file.
-        said: sentences on how the table was interpreted.
+        remarks: sentences on how the table was interpreted.
     """
 
     columns: tuple[str, ...]
     rows: Callable[[], Iterator[Row]]
-    said: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
 
 
 def open_table(node: Node, reading: Reading) -> Table:

@@ -33,28 +33,28 @@ _LOOKED_AT = 100  # lines of a JSON table, for the names of its columns
 
 def open_separated(node: Node, reading: Reading) -> Table:
     """Open a CSV or TSV file. All cells are returned as texts: ``007`` is not 7, and ``null`` is a word."""
-    text, said = _text_of(node)
+    text, remarks = _text_of(node)
     text, declared, skipped = _without_preamble(text)
-    said += [f"{printable(node.name)}: {sentence}" for sentence in skipped]
+    remarks += [f"{printable(node.name)}: {sentence}" for sentence in skipped]
     separator = declared or ("\t" if node.suffix == ".tsv" else _separator_of(text))
     if separator != "," and node.suffix != ".tsv":
-        said.append(f"the columns of {printable(node.name)} are separated by {_SEPARATORS[separator]}")
+        remarks.append(f"the columns of {printable(node.name)} are separated by {_SEPARATORS[separator]}")
     header = next(_lines(text, separator, node), (0, []))[1]
     if not header:
         raise DataError(f"{printable(node.path)}: the table is empty")
     has_header = not any(_names_image(cell) for cell in header)
     spaced = any(cell != cell.strip() for cell in header) or _after_separators(_lines(text, separator, node), skip=has_header)
     if spaced:
-        said.append(f"{printable(node.name)}: spaces around the cells were left out, as the first lines have them throughout")
+        remarks.append(f"{printable(node.name)}: spaces around the cells were left out, as the first lines have them throughout")
     quoted = _in_single_quotes(_lines(text, separator, node), skip=has_header)
     if quoted:
-        said.append(f"{printable(node.name)}: single quotes around the cells were left out")
+        remarks.append(f"{printable(node.name)}: single quotes around the cells were left out")
     columns = [cell.strip() for cell in header] if has_header else [f"column {n}" for n in range(1, len(header) + 1)]
     if not has_header:
-        said.append(f"{printable(node.name)} has no line with the names of its columns: its first line names an image")
+        remarks.append(f"{printable(node.name)} has no line with the names of its columns: its first line names an image")
     twice = sorted({column for column in columns if columns.count(column) > 1 and column})
     if twice:
-        raise DataError(f"{printable(node.path)}: the column {twice[0]!r} is there more than once; rename one of them")
+        raise DataError(f"{printable(node.path)}: the column {twice[0]!r} occurs more than once; rename one of them")
 
     def rows() -> Iterator[Row]:
         lines = _lines(text, separator, node)
@@ -75,7 +75,7 @@ def open_separated(node: Node, reading: Reading) -> Table:
                 ]
             yield Row(place, {column: cell or None for column, cell in zip(columns, cells, strict=False)})
 
-    return Table(tuple(column for column in columns if column), rows, tuple(said))
+    return Table(tuple(column for column in columns if column), rows, tuple(remarks))
 
 
 def _lines(text: str, separator: str, node: Node) -> Iterator[tuple[int, list[str]]]:
@@ -95,18 +95,18 @@ def _without_preamble(text: str) -> tuple[str, str | None, list[str]]:
 
     Excel writes ``sep=;``, and programs write comments after a number sign.
     """
-    said, declared = [], None
+    remarks, declared = [], None
     while text:
         first, _, rest = text.partition("\n")
         line = first.strip()
         if declared is None and len(line) == 5 and line.lower().startswith("sep=") and line[4] in _SEPARATORS:
             declared = line[4]
         elif line.startswith("#") and not _separators_in(first) and _separators_in(_first_but_comments(rest)):
-            said.append("a comment before the names of the columns was left out")
+            remarks.append("a comment before the names of the columns was left out")
         else:
             break
         text = rest
-    return text, declared, list(dict.fromkeys(said))
+    return text, declared, list(dict.fromkeys(remarks))
 
 
 def _first_but_comments(text: str) -> str:
@@ -154,12 +154,14 @@ def _text_of(node: Node) -> tuple[str, list[str]]:
             try:
                 return data.decode(encoding), []
             except UnicodeDecodeError as error:
-                raise DataError(f"{printable(node.path)}: is no {encoding} text, as it says it is: {error.reason}") from None
+                raise DataError(
+                    f"{printable(node.path)}: is not valid {encoding} text, although it is marked as such: {error.reason}"
+                ) from None
     if (unmarked := _unmarked_utf16(data)) is not None:
         try:
-            return data.decode(unmarked), [f"{printable(node.name)} does not say its encoding; it was read as {unmarked}"]
+            return data.decode(unmarked), [f"{printable(node.name)} has no mark of its encoding; it was read as {unmarked}"]
         except UnicodeDecodeError as error:
-            raise DataError(f"{printable(node.path)}: looks like {unmarked} text, and is none: {error.reason}") from None
+            raise DataError(f"{printable(node.path)}: looks like {unmarked} text, but is not valid: {error.reason}") from None
     try:
         return data.decode(), []
     except UnicodeDecodeError:
@@ -170,7 +172,7 @@ def _text_of(node: Node) -> tuple[str, list[str]]:
         text = data.decode(decoded.encoding)
     except UnicodeDecodeError:
         text = data.decode("utf-8", "surrogateescape")
-    return text, [f"{printable(node.name)} is no UTF-8 text; it was read as {decoded.encoding}"]
+    return text, [f"{printable(node.name)} is not UTF-8 text; it was read as {decoded.encoding}"]
 
 
 def _unmarked_utf16(data: bytes) -> str | None:

@@ -118,7 +118,7 @@ class Diagnosis:
         causes = [finding for finding in self.problems if finding.caused_by is None]
         n_looked_at = len(self.clear) + len(self.findings)
         if not causes:
-            return f"nothing is wrong with this run, as far as its records tell ({n_looked_at} things looked at)"
+            return f"nothing is wrong with this run, as far as its records tell ({n_looked_at} checks made)"
         first, more = causes[0], len(self.problems) - 1
         rest = "" if not more else f"; {more} more finding{'s' if more > 1 else ''}"
         return f"{first.title.lower()} ({first.certainty}): {first.sentence}{rest}"

@@ -99,4 +99,6 @@ def check_logits(what: str, given: NDArray[np.float32], expected: NDArray[np.flo
     """
     allowed = LOGITS_TOLERANCE * max(1.0, float(np.abs(expected).max()))
     if not (difference := float(np.abs(given - expected).max())) <= allowed:
-        raise ExportError(f"{what} answer otherwise than the bundle: logits differ by {difference:.2g}, allowed is {allowed:.2g}")
+        raise ExportError(
+            f"{what} give other predictions than the bundle: logits differ by {difference:.2g}, allowed is {allowed:.2g}"
+        )

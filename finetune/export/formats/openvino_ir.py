@@ -35,5 +35,5 @@ def write(opened: Opened, folder: Path) -> str:
     probs = np.concatenate([compiled(image[None])["probs"] for image in opened.images])
     difference = float(np.abs(probs - opened.outputs.probs).max())
     if not difference <= TOLERANCE and not opened.is_quantised:
-        raise ExportError(f"OpenVINO answers otherwise than the bundle: probabilities differ by {difference:.2g}")
+        raise ExportError(f"OpenVINO gives other predictions than the bundle: probabilities differ by {difference:.2g}")
     return f"openvino.compile_model({FILE!r}, 'CPU'); probabilities differ from the bundle's by {difference:.1g} at most"

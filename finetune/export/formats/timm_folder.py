@@ -78,7 +78,7 @@ def write(opened: Opened, folder: Path) -> str:
     )
     again = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     with torch.no_grad():
-        check_logits("timm's network, loaded from what was written,", again(images).numpy(), expected)
+        check_logits("the weights in the written folder, loaded by timm,", again(images).numpy(), expected)
     card = model_card(manifest, library="timm", use=USE)
     write_atomic(folder / CARD, lambda stream: stream.write(card.encode()))
     return "timm.create_model('local-dir:FOLDER', pretrained=True) loads the folder"

@@ -113,7 +113,7 @@ def _test_answers(run: RunDir) -> Predictions:
     path = run.predictions_of(SPLIT)
     if not path.exists():
         raise InvalidInput(
-            f"{run.root}: this run was evaluated on no test images, and val has chosen its weights. Give a test folder or "
+            f"{run.root}: this run was evaluated on no test images, and its weights were chosen on val. Give a test folder or "
             "data.test_fraction when you train, or compare by cross-validation (finetune compare DATA --folds 5)"
         )
     return tables.read(path)

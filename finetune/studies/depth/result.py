@@ -218,6 +218,13 @@ def headline(study: DepthStudy) -> str:
     if not plain:
         worst = max(family[-1].train_error for family in residual)
         return f"Residual networks of up to {deepest} layers answer at most {worst:.1%} of their training images wrongly."
+    networks = [network for family in plain for network in family]
+    if not degraded and all("underfitting" in network.findings for network in networks):
+        least = min(network.train_error for network in networks)
+        return (
+            f"The effect of depth cannot be seen: all plain networks underfit (training error at least {least:.0%}). Train "
+            "longer, with more --epochs, or on more images."
+        )
     if not degraded:
         return (
             f"No degradation on these images: up to {deepest} layers, the training error of plain networks does not rise clearly "

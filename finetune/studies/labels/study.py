@@ -132,7 +132,7 @@ class LabelsStudy:
         return {
             "helps": f"{more} would help: {gain}.",
             "hardly helps": f"{more} would hardly help: {gain}.",
-            "cannot tell": f"It is uncertain whether {more} would help: {gain}.",
+            "cannot tell": f"It is uncertain whether {more} would gain {100 * MATTERS:g} points or more: {gain}.",
         }[self.verdict]
 
     def to_dict(self) -> dict[str, Any]:

@@ -208,13 +208,13 @@ def is_healthy(url: str) -> bool:
 @contextlib.contextmanager
 def _running(command: ServerCommand) -> Iterator[subprocess.Popen[bytes]]:
     """Run MLflow's server while the block runs; its output is shown only if it fails to start."""
-    with tempfile.TemporaryFile() as said:
-        server = subprocess.Popen(command.arguments, env={**os.environ, **command.environment}, stdout=said, stderr=said)
+    with tempfile.TemporaryFile() as output:
+        server = subprocess.Popen(command.arguments, env={**os.environ, **command.environment}, stdout=output, stderr=output)
         try:
             yield server
         except ServerFailed as error:
-            said.seek(0)
-            raise ServerFailed(f"{error}\n{said.read().decode(errors='replace').strip()}") from None
+            output.seek(0)
+            raise ServerFailed(f"{error}\n{output.read().decode(errors='replace').strip()}") from None
         finally:
             server.terminate()
             server.wait()

@@ -245,7 +245,7 @@ class _Synchronisation:
         if here == there:
             return here
         if not _MLFLOW_ALIAS.fullmatch(alias) or _RESERVED_ALIAS.fullmatch(alias):
-            self.notes.append(f"MLflow allows no alias {alias!r}, so {self.name}@{alias} is only here")
+            self.notes.append(f"MLflow allows no alias {alias!r}, so {self.name}@{alias} exists only in the models folder")
             return None
         moved_there = there is not None and there != before and here in (before, None)
         if moved_there:
@@ -260,7 +260,7 @@ class _Synchronisation:
             return None
         if there is not None and there != before:
             self.notes.append(
-                f"{self.name}@{alias} was moved on both sides: version {here}, as here, counts, not version {there}"
+                f"{self.name}@{alias} was moved in both registries: version {here} of the models folder counts, not {there}"
             )
         self.client.set_registered_model_alias(self.name, alias, pairs[here])
         return here

@@ -77,5 +77,5 @@ def _frozen_that_changed(records: RunRecords) -> Finding | None:
         f"the weights or statistics of {', '.join(frozen.get('stages', []))} changed, although they are frozen",
         (Evidence("sha256 of all that is frozen", f"{str(after)[:12]}… after training", f"{str(before)[:12]}…, as before"),),
         ("this is a defect of finetune: please report it",),
-        "the hash that every run keeps of what is frozen",
+        "the sha256 of all frozen weights, which every run records",
     )

@@ -39,7 +39,7 @@ class Leakage:
         chances = {split: log_binomial_tail(len(found), len(twins[split]), ORDINARY_SHARE) for split, found in known.items()}
         worst = min(chances, key=lambda split: chances[split])
         n, n_twins = len(known[worst]), len(twins[worst])
-        figure = f"{n_twins} of {n} {worst} images have a twin among the training images"
+        figure = f"{n_twins} of {n} {worst} images have a near duplicate among the training images"
         if chances[worst] > UNLIKELY or n_twins < SHOWN:
             return Clear(self.code, self.title, figure)
         return Finding(
@@ -47,13 +47,13 @@ class Leakage:
             self.title,
             "problem",
             confidence(chances[worst] / UNLIKELY),
-            f"{figure}: figures on {worst} are better than the model",
+            f"{figure}: metrics on {worst} overestimate the model",
             tuple(self._evidence(records, worst, known[worst], twins[worst])),
             (
                 "keep copies on one side: remove them, or give the images of one object or one scene one group; finetune check "
                 "DATA --fix corrected.csv writes such groups, and --set data.manifest=corrected.csv uses them",
-                f"measurements/{records.run.neighbours.name} lists every {worst} image with its nearest training image; trust no "
-                "figure before the copies are gone",
+                f"measurements/{records.run.neighbours.name} lists every {worst} image with its nearest training image; do not "
+                "rely on any metric before the copies are removed",
             ),
             "near-duplicates between train and test: Barz & Denzler 2020, arXiv:1902.00423; ratio of distances: Lowe 2004",
         )

@@ -26,7 +26,7 @@ class LearningRateHigh:
         measured = {part: max(values, default=0.0) for part, values in measured_ratios(records).items()}
         largest = {stage: max(ratio, measured.get(stage, 0.0)) for stage, ratio in planned.items()}
         worst = max(largest, key=lambda stage: largest[stage])
-        figure = f"a step moves a stage by at most {largest[worst]:.2g} of its size"
+        figure = f"a step changes a stage by at most {largest[worst]:.2g} of its size"
         harm = harm_of(records)
         if largest[worst] < RATIO or harm is None:
             return Clear(self.code, self.title, figure)

@@ -27,7 +27,7 @@ class LearningRateLow:
         before = records.losses(first)
         change = paired(first, last, before, records.losses(last))
         relative = 0.0 if change is None else abs(change.value) / max(float(before.mean()), 1e-12)
-        figure = f"the stage that moved most moved by {distances[furthest]:.1g} of its size"
+        figure = f"the largest change of a stage is {distances[furthest]:.1g} of its size"
         if distances[furthest] >= MOVED or relative > CHANGED:
             return Clear(self.code, self.title, figure)
         peak = max(phase["head_lr"] for phase in records.phases)
@@ -38,7 +38,9 @@ class LearningRateLow:
             confidence(MOVED / max(distances[furthest], 1e-12)),
             f"in {records.n_steps:,} steps with a learning rate of {peak:.2g}, {figure}: as good as frozen",
             (
-                Evidence(f"way of {records.called(furthest)} in all steps", f"{distances[furthest]:.1g}", f"above {MOVED:g}"),
+                Evidence(
+                    f"change of {records.called(furthest)} over all steps", f"{distances[furthest]:.1g}", f"above {MOVED:g}"
+                ),
                 Evidence("learning rate of the head, at its peak", f"{peak:.2g}"),
                 Evidence("training loss", f"changed by {relative:.2%}", f"by more than {CHANGED:.0%}"),
             ),

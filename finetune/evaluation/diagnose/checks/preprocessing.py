@@ -33,7 +33,7 @@ class WrongPreprocessing:
             reason = (
                 "random weights expect no particular preprocessing"
                 if not records.is_pretrained
-                else "it was not measured in this run: finetune diagnose RUN --check-preprocessing does so"
+                else "finetune diagnose RUN --check-preprocessing measures it"
             )
             return NotChecked(self.code, self.title, reason)
         own = measured["own"]["name"]

@@ -51,7 +51,7 @@ class ShuffledLabels:
             self.title,
             "problem",
             confidence(max(margin, 1.0) ** 2 * (1 + math.log10(max(len(scores), 10)))),
-            f"{figure}: what the network sees says nothing about these labels",
+            f"{figure}: the features of the network say nothing about these labels",
             (
                 Evidence(
                     f"{records.headline.label} on {found.n} {split} images",
