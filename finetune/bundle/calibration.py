@@ -186,7 +186,7 @@ class CertaintyEstimator:
         calibration: None if the bundle has none; then neither is available.
         subspace: of the embeddings of known images; None if the bundle has none.
         owner_precision: precision with which the model's owner has switched abstention on; None: it is off.
-        unavailable: why neither is available for any model of this task, as `Task.why_no_prediction_sets` says; None: it is.
+        unavailable: why neither is available for any model of this task, as `Task.why_no_prediction_sets` says; empty: they are.
     """
 
     def __init__(
@@ -196,7 +196,7 @@ class CertaintyEstimator:
         subspace: Subspace | None,
         owner_precision: float | None = None,
         *,
-        unavailable: str | None = None,
+        unavailable: str = "",
     ) -> None:
         self._unavailable = unavailable
         self.calibration = calibration

@@ -54,9 +54,7 @@ class Evaluation:
     intervals: Mapping[str, tuple[float, float]]  # metric key -> 95 % interval, for metrics that have one
     per_class: tuple[ClassMetrics, ...]
     bins: tuple[ReliabilityBin, ...] = ()
-    confusion: tuple[tuple[int, ...], ...] | None = (
-        None  # [true][predicted] counts, (C, C); None: an image may have several labels
-    )
+    confusion: tuple[tuple[int, ...], ...] | None = None  # [true][predicted] counts, (C, C); None: the task has no such matrix
     class_sizes: tuple[int, ...] = ()  # images by class in all splits of the run's data; (): unknown
     facts: Mapping[str, float] = field(default_factory=dict)  # figures that are not metrics: labels per image …
 

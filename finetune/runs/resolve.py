@@ -207,7 +207,7 @@ def resolve(
         input_size_px=backbone.preprocess.input_size_px,
         resizable=backbone.resizable,
         losses=task.losses,
-        smooths_labels=task.smooths_labels,
+        why_unsmoothed=task.why_unsmoothed,
     )
     if decided_by is None:
         recipe = resolve_recipe(spec, facts, backbone.stages)

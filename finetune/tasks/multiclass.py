@@ -29,9 +29,9 @@ class Multiclass:
     description = "every image has one label"
     noun = "class"
     losses = LOSSES["multiclass"]
-    smooths_labels = True
+    why_unsmoothed = ""
     needs_every_class = True
-    why_no_prediction_sets = None
+    why_no_prediction_sets = ""
     probability_note = ""
     reliability_axes = ("confidence in the given label", "accuracy", "images")
     metrics: Sequence[Metric[Rows]] = (TOP1, TOP5, MACRO_F1, MEAN_PER_CLASS_ACCURACY, NLL, ECE, BRIER)

@@ -45,7 +45,7 @@ class Multilabel:
     description = "images have several labels, or none"
     noun = "label"
     losses = LOSSES["multilabel"]
-    smooths_labels = False
+    why_unsmoothed = "none where an image may have several labels: smoothing raises every absent one"
     needs_every_class = False  # a rare label may be absent from a split, which then does not measure it
     why_no_prediction_sets = "This model gives an image any number of labels, each with a threshold of its own"
     probability_note = "The percentages are of one label of the image, the one that was wrong with the most confidence."

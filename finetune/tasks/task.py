@@ -69,8 +69,8 @@ class Task(Protocol):
         ...
 
     @property
-    def smooths_labels(self) -> bool:
-        """Whether label smoothing is used by default on data sets with many images."""
+    def why_unsmoothed(self) -> str:
+        """Why label smoothing is off by default, as recorded with that choice; empty: it is on, on data sets with many images."""
         ...
 
     @property
@@ -79,8 +79,8 @@ class Task(Protocol):
         ...
 
     @property
-    def why_no_prediction_sets(self) -> str | None:
-        """Why a model can neither give prediction sets nor abstain, as the beginning of a sentence; None: it can do both."""
+    def why_no_prediction_sets(self) -> str:
+        """Why a model can neither give prediction sets nor abstain, as the beginning of a sentence; empty: it can do both."""
         ...
 
     @property

@@ -43,7 +43,7 @@ class Facts:
     resizable: bool = True  # the backbone takes images of other sizes too
     pretrained: bool = True
     losses: tuple[str, ...] = ("cross_entropy",)  # of the task, the default first
-    smooths_labels: bool = True  # whether the task smooths labels by default
+    why_unsmoothed: str = ""  # why the task does not smooth labels by default; empty: it does
 
 
 @dataclass(frozen=True)
@@ -430,8 +430,8 @@ def _loss(hyper: Hyperparameters, facts: Facts) -> _Choice[str]:
 def _default_label_smoothing(method: Method, facts: Facts) -> _Choice[float]:
     if isinstance(method, LinearProbe):
         return _Choice(0.0, "none: the head is solved with L2")
-    if not facts.smooths_labels:
-        return _Choice(0.0, "none where an image may have several labels: smoothing raises every absent one")
+    if facts.why_unsmoothed:
+        return _Choice(0.0, facts.why_unsmoothed)
     if facts.n_train < 1000 or facts.n_classes < 5:
         return _Choice(0.0, "none below 1,000 images or 5 classes")
     return _Choice(0.05 if isinstance(method, Partial) else 0.1, f"default for {method.type} from 1,000 images and 5 classes up")
