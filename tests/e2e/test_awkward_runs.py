@@ -191,7 +191,7 @@ def test_whoever_insists_gets_a_version_with_the_doubt_beside_it(pictures: Path,
         (noise / f"class{number % 2}").mkdir(parents=True, exist_ok=True)
         Image.fromarray(chance.integers(0, 256, (70, 70, 3), dtype=np.uint8)).save(noise / f"class{number % 2}" / f"{number}.png")
     given: dict[str, Any] = {"data": {"test_fraction": 0.4}, "hyperparameters": {"l2": 1e6}}  # l2: one answer to all
-    with pytest.raises(NoBetterThanChance, match=r"one answer to all of them has 0\.\d+"):
+    with pytest.raises(NoBetterThanChance, match=r"one prediction for all of them has 0\.\d+"):
         carry_out_at(home, tiny_spec(noise, **given), RunDir(home / "runs" / "refused"))
     registry = Registry(workspace_at(home).models)
     assert not registry.list()
