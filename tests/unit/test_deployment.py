@@ -121,7 +121,7 @@ def test_a_damaged_default_is_read_from_the_journal(registry: Registry, bundle: 
 def test_a_version_that_does_not_reach_a_minimum_is_refused_unless_forced(registry: Registry, bundle: Path) -> None:
     for _ in range(2):
         registry.register(bundle, "trees")
-    with pytest.raises(PromotionRefused, match=r"val/top1: is 0.7500, at least 0.9 is wanted"):
+    with pytest.raises(PromotionRefused, match=r"val/top1: is 0.7500, at least 0.9 is required"):
         promote(registry, "trees", "2", minimum={"val/top1": 0.9}, by="ann")
     with pytest.raises(PromotionRefused, match=r"test/top1: this version has no such metric; it has val/top1"):
         promote(registry, "trees", "2", minimum={"test/top1": 0.1}, by="ann")

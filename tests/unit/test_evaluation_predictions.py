@@ -85,7 +85,7 @@ def test_whatever_byte_is_lost_or_changed_the_table_is_the_same_or_refused(tmp_p
     ("change", "says"),
     [
         ({"schema_version": 2}, "schema version 2, this version reads 1"),
-        ({"columns": ["logits"]}, "where logits are promised"),
+        ({"columns": ["logits"]}, "where logits are listed in the header"),
         ({"ids": ["1.jpg"]}, "predictions of 1 images"),
         ({"classes": None}, "not a table of predictions"),
     ],

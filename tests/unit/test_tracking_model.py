@@ -157,8 +157,8 @@ def test_an_image_may_come_in_every_form(model: mlflow.pyfunc.PyFuncModel, bundl
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        (17, "int is no image"),
-        ([17], "int is no image"),
+        (17, "int is not an image"),
+        ([17], "int is not an image"),
         (["no/such/file.jpg"], "neither base64 nor a file"),
         (np.zeros((4, 4), np.uint8), "shape"),
         (np.zeros((8, 8, 3), np.float32), "whole numbers from 0 to 255"),

@@ -119,7 +119,7 @@ def test_whatever_was_chosen_can_be_done_again(decided: Choices, samples: list[S
     fitted, classifier = train_tiny(RunDir(tmp_path / "run"), samples, given, decided=decided)
     assert replace(fitted.choices, numerics=None) == decided
     assert fitted.n_steps == decided.n_epochs * 5
-    assert ("recalibrated" in fitted.chosen, "pulled" in fitted.chosen) == (decided.recalibrated, decided.share < 1)
+    assert ("recalibrated" in fitted.chosen, "interpolated" in fitted.chosen) == (decided.recalibrated, decided.share < 1)
     assert not classifier.training
 
 
