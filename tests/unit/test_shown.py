@@ -281,12 +281,14 @@ def test_a_model_on_a_server_is_asked_there(capsys: pytest.CaptureFixture[str]) 
 
 @pytest.mark.usefixtures("only_what_to_do_next")
 def test_the_demo_proposes_commands_that_can_be_typed(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """`make demo` is run without an activated environment, and an installed package has no Makefile."""
     comparison = SimpleNamespace(to_dict=lambda: {"registered": "digits@1"}, report=Path("report.html"))
     result: Any = SimpleNamespace(comparison=comparison, asked=Path("3.png"), truth="3", answer={"predictions": []}, seconds=90.0)
-    for found, command in (("/usr/bin/finetune", "finetune"), (None, str(Path(sys.executable).parent / "finetune"))):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv" / "bin" / "python"))
+    for found, command in (("/usr/bin/finetune", "finetune"), (None, ".venv/bin/finetune")):
         monkeypatch.setattr("shutil.which", lambda _, found=found: found)
         show_comparison.show_demo(result)
         said = shown(capsys)
