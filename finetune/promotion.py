@@ -134,10 +134,11 @@ def _present(registry: Registry, name: str, alias: str) -> ModelVersion | None:
 
 def _refuse_if_failed(what: str, checks: Sequence[Check], force: bool) -> None:
     failed = [check for check in checks if not check.passed]
-    if not failed or (force and all(check.name != "loads" for check in failed)):
+    can_be_forced = all(check.name != "loads" for check in failed)
+    if not failed or (force and can_be_forced):
         return
     problems = [Problem(check.name, check.detail) for check in failed]
-    way_out = "" if any(check.name == "loads" for check in failed) else ". To promote it nevertheless, force it"
+    way_out = ". To promote it nevertheless, set force (in a terminal: --force)" if can_be_forced else ""
     raise PromotionRefused(
         f"{what} is not promoted, because it failed: {', '.join(one.name for one in failed)}{way_out}", problems
     )

@@ -33,17 +33,16 @@ def model_card(manifest: Manifest, library: str = "onnx", use: str | None = None
         library: name of the library that loads the model, for the front matter.
         use: Markdown that says how to load the model; by default, how to use the bundle with finetune.
     """
-    reference = manifest.name if manifest.version is None else f"{manifest.name}@{manifest.version}"
     parts = [
         _head(manifest, library),
-        f"# {_text(reference)}\n\n{_what(manifest)}",
+        f"# {_text(manifest.reference)}\n\n{_what(manifest)}",
         _section("Classes", _classes(manifest.classes)),
         _section("How good it is", _figures(manifest)),
         _section("How far to rely on an answer", _reliance(manifest)),
         _section("How it was made", _table(_made(manifest))),
         _section("Licence", _licence(manifest)),
         _section("Limits", "\n".join(f"- {line}" for line in _limits(manifest))),
-        _section("Use", use or _use(manifest, reference)),
+        _section("Use", use or _use(manifest)),
     ]
     return encodable("\n\n".join(part for part in parts if part) + "\n")
 
@@ -245,9 +244,9 @@ def _limits(manifest: Manifest) -> list[str]:
     return lines
 
 
-def _use(manifest: Manifest, reference: str) -> str:
+def _use(manifest: Manifest) -> str:
     calibration = Calibration.of(manifest.calibration)
-    asked = "" if calibration is None else f" --coverage 0.9{_abstaining(calibration)}"
+    reference, asked = manifest.reference, "" if calibration is None else f" --coverage 0.9{_abstaining(calibration)}"
     return f"```sh\nfinetune predict some.jpg --model {reference}{asked}\nfinetune serve --model {reference}\n```"
 
 

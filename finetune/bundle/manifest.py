@@ -91,6 +91,11 @@ class Manifest:
         return self
 
     @property
+    def reference(self) -> str:
+        """``name@version``; only the name if the bundle is not registered."""
+        return self.name if self.version is None else f"{self.name}@{self.version}"
+
+    @property
     def thresholds(self) -> tuple[float, ...] | None:
         """The probability thresholds of the labels that were chosen on held-out images; None if there are none."""
         found = self.calibration.get(THRESHOLDS)

@@ -310,7 +310,8 @@ class Registry:
             in_use = sorted(alias for found in deleted for alias in found.aliases)
             if in_use and not force:
                 what = name if version is None else f"version {deleted[0].version} of {name}"
-                raise Conflict(f"aliases point at {what}: {', '.join(in_use)}. Move them to another version first, or force it")
+                otherwise = "Move them to another version first, or give force=True"
+                raise Conflict(f"aliases point at {what}: {', '.join(in_use)}. {otherwise}")
             numbers = {found.version for found in deleted}
             left = [found for found in versions_in(folder) if found not in numbers]
             aliases = {alias: target for alias, target in read_aliases(folder).items() if target not in numbers}

@@ -33,7 +33,7 @@ class Origin:
     @property
     def reference(self) -> str:
         """``name@version``; only the name if the bundle is not registered."""
-        return self.manifest.name if self.manifest.version is None else f"{self.manifest.name}@{self.manifest.version}"
+        return self.manifest.reference
 
     @property
     def architecture(self) -> str:

@@ -125,8 +125,8 @@ def predict(
     manifest = predictor.manifest
     options = predictor.estimator.resolved(CertaintyOptions(coverage, per_class, abstain, precision))
     if model is None and not as_json:
-        name = f"{manifest.name}@{manifest.version}"
-        console.print(f"model {name}, the default of this workspace (choose another with --model)", style="dim", markup=False)
+        chosen = f"model {manifest.reference}, the default of this workspace (choose another with --model)"
+        console.print(chosen, style="dim", markup=False)
     samples = image_samples(images)
     documents: list[dict[str, Any]] = []
     predicted: list[SamplePrediction] = []

@@ -61,5 +61,11 @@ def show_backbone(description: Mapping[str, Any]) -> None:
         for choice in description["choices"]
     ]
     table("What each method trains, besides the head", ["method", "stages", "parameters", "share"], choices)
+    console.print(
+        "gradual: what full trains, but unfrozen one stage after another from the top. auto: the head, then the last stage, "
+        "then all, while each gains more than its standard error",
+        style="dim",
+        markup=False,
+    )
     if description["note"]:
         console.print(description["note"], markup=False)

@@ -52,8 +52,9 @@ def show_figures(evaluations: Mapping[str, Evaluation]) -> None:
 
 
 def show_evaluation(found: BundleEvaluation) -> None:
-    """Print an evaluation for `finetune evaluate`: whether the model has seen the images, then metrics, then classes."""
+    """Print an evaluation for `finetune evaluate`: the model, whether it has seen the images, metrics, then classes."""
     evaluation = found.evaluation
+    console.print(f"model {found.model}", style="dim", markup=False)
     if found.n_trained_on is None:
         console.print("[yellow]note[/] this bundle does not record its training images; some of these images may be among them")
     elif found.n_trained_on or found.n_chosen_on:

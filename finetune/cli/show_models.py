@@ -36,7 +36,7 @@ def show_models(
         rows.append(
             [version.name, version.version, ", ".join(aliases), "all" if who.visibility == "shared" else who.owner or "admins"]
         )
-    table("", ["model", "version", "aliases", "for"], rows)
+    table("", ["model", "version", "aliases", "visible to"], rows)
     if default is not None:
         reference = deployed.reference if deployed is not None else default.name
         console.print(f"default: {reference}, version {default.version}", markup=False)

@@ -88,7 +88,7 @@ def predict_folder(
         "n_unreadable": len(unreadable),
         "unreadable": unreadable[:SHOWN_UNREADABLE],
         "files": written,
-        "summary": f"{plural(len(table), 'image')} predicted by {manifest.name}@{manifest.version}"
+        "summary": f"{plural(len(table), 'image')} predicted by {manifest.reference}"
         + (f", {len(unreadable):,} could not be read" if unreadable else ""),
     }
     if statistics:

@@ -26,6 +26,7 @@ from finetune.runtime.cores import available_cores
 class BundleEvaluation:
     """The evaluation of a bundle on a data set, and how much of that set it was trained on."""
 
+    model: str  # ``name@version``; only the name of a bundle that is not registered
     evaluation: Evaluation
     predictions: Predictions
     n_trained_on: int | None  # images, compared by sha256, that the weights were fitted on; None: the bundle does not record it
@@ -37,6 +38,7 @@ class BundleEvaluation:
     def to_dict(self) -> dict[str, Any]:
         """Return the evaluation as JSON values."""
         return {
+            "model": self.model,
             **self.evaluation.to_json(),
             "n_trained_on": self.n_trained_on,
             "n_chosen_on": self.n_chosen_on,
@@ -80,6 +82,7 @@ def evaluate_bundle(
     unseen_rows = np.flatnonzero(~(trained_on | chosen_on))
     partly = 0 < len(unseen_rows) < len(predictions)
     return BundleEvaluation(
+        model=predictor.manifest.reference,
         evaluation=evaluate(predictions),
         predictions=predictions,
         n_trained_on=None if seen is None else int(trained_on.sum()),

@@ -127,7 +127,8 @@ def copy_split(run_folder: str, pictures: Path, splits: Iterable[str], target: P
 
 def test_evaluate_repeats_what_the_run_found(trained: Any, pictures: Path, home: Path, tmp_path: Path):
     outcome = trained[0]
-    found = run("evaluate", "colours@1", "--data", str(copy_split(outcome["run"], pictures, ["test"], tmp_path / "test")))
+    found = run("evaluate", "colours", "--data", str(copy_split(outcome["run"], pictures, ["test"], tmp_path / "test")))
+    assert found["model"] == "colours@1", "the version that the name stood for"
     assert found["values"]["top1"] == outcome["metrics"]["test/top1"]
     assert found["values"]["loss"] == pytest.approx(outcome["metrics"]["test/loss"], rel=1e-5)
     assert found["n"] == outcome["metrics"]["test/n"] > 3
