@@ -47,7 +47,7 @@ def test_every_image_is_answered_under_its_path_and_what_cannot_be_read_is_named
     found = predict_folder(predictor, images, tmp_path / "out")
     assert (found["n_answered"], found["n_unreadable"], found["files"]) == (9, 1, list(FILES[:1] + FILES[1:]))
     assert [one["file"] for one in found["unreadable"]] == ["first/4.png"]
-    assert found["summary"] == "9 images predicted by colours@None, 1 could not be read"
+    assert found["summary"] == "9 images predicted by colours, 1 could not be read"
     with open(tmp_path / "out" / "answers.csv", newline="") as stream:
         rows = list(csv.DictReader(stream))
     assert [(row["file"], row["predicted"]) for row in rows[:3]] == [
