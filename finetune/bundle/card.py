@@ -246,8 +246,9 @@ def _limits(manifest: Manifest) -> list[str]:
 
 def _use(manifest: Manifest) -> str:
     calibration = Calibration.of(manifest.calibration)
-    reference, asked = manifest.reference, "" if calibration is None else f" --coverage 0.9{_abstaining(calibration)}"
-    return f"```sh\nfinetune predict some.jpg --model {reference}{asked}\nfinetune serve --model {reference}\n```"
+    asked = "" if calibration is None else f" --coverage 0.9{_abstaining(calibration)}"
+    model = f"--model {manifest.reference}"
+    return f"```sh\nfinetune predict some.jpg {model}{asked}\nfinetune serve {model}\n```"
 
 
 def _abstaining(calibration: Calibration) -> str:

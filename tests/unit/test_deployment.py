@@ -123,6 +123,8 @@ def test_a_version_that_does_not_reach_a_minimum_is_refused_unless_forced(regist
         registry.register(bundle, "trees")
     with pytest.raises(PromotionRefused, match=r"val/top1: is 0.7500, at least 0.9 is required"):
         promote(registry, "trees", "2", minimum={"val/top1": 0.9}, by="ann")
+    with pytest.raises(PromotionRefused, match=r"set force \(in a terminal: --force\)"):
+        promote(registry, "trees", "2", minimum={"val/top1": 0.9}, by="ann")
     with pytest.raises(PromotionRefused, match=r"test/top1: this version has no such metric; it has val/top1"):
         promote(registry, "trees", "2", minimum={"test/top1": 0.1}, by="ann")
     assert registry.resolve("trees").version == "1"
@@ -245,8 +247,9 @@ def test_a_version_that_cannot_be_loaded_is_refused_even_by_force(registry: Regi
     for _ in range(2):
         registry.register(bundle, "trees")
     (registry.root / "trees" / "2" / "model.onnx").write_bytes(b"")
-    with pytest.raises(PromotionRefused, match=r"loads: .*the bundle is not what was exported"):
+    with pytest.raises(PromotionRefused, match=r"loads: .*the bundle is not what was exported") as refused:
         promote(registry, "trees", "2", force=True, by="ann")
+    assert "--force" not in str(refused.value), "it is not proposed where it would not help"
 
 
 def test_a_private_model_answers_nobody_else_so_it_is_not_deployed(registry: Registry, bundle: Path) -> None:
